@@ -1,0 +1,98 @@
+"""One table from the domain's errors to HTTP, and one shape for all of them.
+
+    {"status": "Error", "message": "a sentence", "errors": [{"field": ..., "row": ..., "message": ...}]}
+
+`errors` is there when single fields, rows or lines are to blame.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.exceptions import PermissionDenied
+from django.db import OperationalError
+from django.http import Http404
+from rest_framework import exceptions, status
+from rest_framework.response import Response
+from rest_framework.views import exception_handler as drf_exception_handler
+
+from apps.endpoints import batch, prediction
+from apps.endpoints.abtests import ABTestError
+from apps.endpoints.feedback import UnknownOutcome
+from apps.endpoints.lifecycle import LifecycleError, TestRunning
+from apps.ml.schema import InputError
+
+MAX_ERRORS = 20
+
+# The first class that fits decides.
+HTTP_STATUS: list[tuple[type[Exception], int]] = [
+    (prediction.UnknownEndpoint, status.HTTP_404_NOT_FOUND),
+    (prediction.Unavailable, status.HTTP_503_SERVICE_UNAVAILABLE),
+    (prediction.PredictionError, status.HTTP_400_BAD_REQUEST),
+    (batch.BatchError, status.HTTP_400_BAD_REQUEST),
+    (TestRunning, status.HTTP_409_CONFLICT),
+    (LifecycleError, status.HTTP_400_BAD_REQUEST),
+    (ABTestError, status.HTTP_400_BAD_REQUEST),
+    (UnknownOutcome, status.HTTP_400_BAD_REQUEST),
+    (OperationalError, status.HTTP_503_SERVICE_UNAVAILABLE),
+]
+
+
+class PayloadTooLarge(exceptions.APIException):
+    status_code = status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
+    default_code = "too_large"
+
+
+def exception_handler(error: Exception, context: dict[str, Any]) -> Response | None:
+    """The answer to an error that a view raised; None (a logged 500) for one that nobody foresaw."""
+    if isinstance(error, InputError):
+        problems = [{"field": p.field, "row": p.row + 1, "message": p.message} for p in error.problems]
+        return _answer(status.HTTP_400_BAD_REQUEST, *_summary(problems))
+    if isinstance(error, batch.BadRows):
+        problems = [{"line": p.line, "field": p.field, "message": p.message} for p in error.problems]
+        return _answer(status.HTTP_400_BAD_REQUEST, *_summary(problems))
+    for kind, code in HTTP_STATUS:
+        if isinstance(error, kind):
+            message = "The database does not answer; try again." if kind is OperationalError else str(error)
+            return _answer(code, message)
+    response = drf_exception_handler(error, context)
+    if response is None:
+        return None
+    headers = {
+        name: response[name] for name in ("WWW-Authenticate", "Retry-After", "Allow") if response.has_header(name)
+    }
+    if isinstance(error, exceptions.ValidationError):
+        return _answer(response.status_code, *_summary(_flatten(error.detail)), headers=headers)
+    if isinstance(error, (Http404, PermissionDenied)):
+        return _answer(response.status_code, str(error) or response.data["detail"], headers=headers)
+    return _answer(response.status_code, str(response.data["detail"]), headers=headers)
+
+
+def _answer(
+    code: int, message: str, errors: list[dict[str, Any]] | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    body: dict[str, Any] = {"status": "Error", "message": message}
+    if errors:
+        body["errors"] = errors
+    return Response(body, status=code, headers=headers)
+
+
+def _summary(problems: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """The first problem as a sentence, how many more there are, and the first of them."""
+    first = problems[0]
+    place = f"line {first['line']}: " if "line" in first else f"row {first['row']}: " if first.get("row", 1) > 1 else ""
+    more = f" (and {len(problems) - 1:,} more)" if len(problems) > 1 else ""
+    return f"{place}{first['message']}{more}", problems[:MAX_ERRORS]
+
+
+def _flatten(detail: Any, name: str | None = None) -> list[dict[str, Any]]:
+    """A DRF error tree as a list of {"field", "message"}."""
+    if isinstance(detail, dict):
+        return [
+            problem
+            for key, value in detail.items()
+            for problem in _flatten(value, None if key == "non_field_errors" else str(key))
+        ]
+    if isinstance(detail, list):
+        return [problem for value in detail for problem in _flatten(value, name)]
+    return [{"field": name, "message": f"{name}: {detail}" if name else str(detail)}]

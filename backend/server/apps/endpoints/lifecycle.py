@@ -1,0 +1,98 @@
+"""The life of an algorithm: registered, moved between statuses, retired. Locked and recorded.
+
+Every change locks the endpoint's row first, so two changes on one endpoint happen one after the other.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from django.db import transaction
+
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, Status
+
+# What a person may set. A/B tests put algorithms into `ab_testing` themselves.
+SETTABLE = (Status.TESTING, Status.STAGING, Status.PRODUCTION, Status.RETIRED)
+
+
+class LifecycleError(Exception):
+    """A change of status that is refused; the message says why and what to do."""
+
+
+class TestRunning(LifecycleError):
+    """The change would reach into a running A/B test."""
+
+
+def lock(endpoint_id: int) -> Endpoint:
+    """The endpoint, locked until the surrounding transaction ends."""
+    return Endpoint.objects.select_for_update().get(pk=endpoint_id)
+
+
+def register(
+    endpoint_name: str, name: str, version: str, *, status: str, owner: str, now: datetime, **details: Any
+) -> MLAlgorithm:
+    """The algorithm of that endpoint, name and version; created with its first status if it is new.
+
+    Only the algorithms of an endpoint's first training run start with `status`. A later version starts in
+    `testing`, so that registering it never changes who answers. details: the other fields of MLAlgorithm.
+    """
+    with transaction.atomic():
+        endpoint, _ = Endpoint.objects.get_or_create(name=endpoint_name, defaults={"owner": owner, "created_at": now})
+        lock(endpoint.pk)
+        algorithm, created = MLAlgorithm.objects.get_or_create(
+            parent_endpoint=endpoint,
+            name=name,
+            version=version,
+            defaults={"owner": owner, "created_at": now, **details},
+        )
+        if created:
+            first_run = not endpoint.algorithms.exclude(version=version).exists()
+            displaces = status == Status.PRODUCTION and in_production(endpoint.pk) is not None
+            move(algorithm, status if first_run and not displaces else Status.TESTING, by=owner, now=now)
+    return algorithm
+
+
+def set_status(algorithm: MLAlgorithm, status: str, *, by: str, now: datetime) -> MLAlgorithmStatus:
+    """Give an algorithm a status; promoting moves the former production algorithm to staging.
+
+    Raises LifecycleError for a status that cannot be set, TestRunning while an A/B test forbids it.
+    """
+    if status not in SETTABLE:
+        raise LifecycleError(f"status must be one of {', '.join(SETTABLE)}, not {status!r}.")
+    with transaction.atomic():
+        lock(algorithm.parent_endpoint_id)
+        test = ABTest.objects.running().filter(parent_endpoint_id=algorithm.parent_endpoint_id).first()
+        if test and (algorithm.pk in test.arm_ids or status == Status.PRODUCTION):
+            raise TestRunning(
+                f"A/B test {test.pk} ({test.title}) is running on this endpoint: "
+                f"stop it first with POST /api/v1/stop_ab_test/{test.pk}."
+            )
+        return (
+            promote(algorithm, by=by, now=now)
+            if status == Status.PRODUCTION
+            else move(algorithm, status, by=by, now=now)
+        )
+
+
+def promote(algorithm: MLAlgorithm, *, by: str, now: datetime) -> MLAlgorithmStatus:
+    """Put an algorithm in production, and the former one in staging. The caller holds the lock."""
+    former = in_production(algorithm.parent_endpoint_id)
+    if former and former.pk != algorithm.pk:
+        move(former, Status.STAGING, by=by, now=now)
+    return move(algorithm, Status.PRODUCTION, by=by, now=now)
+
+
+def move(algorithm: MLAlgorithm, status: str, *, by: str, now: datetime) -> MLAlgorithmStatus:
+    """Add a status and make it the only active one. The caller holds the lock."""
+    algorithm.statuses.active().update(active=False)
+    return algorithm.statuses.create(
+        status=status, created_by=by, created_at=now, parent_endpoint_id=algorithm.parent_endpoint_id
+    )
+
+
+def in_production(endpoint_id: int) -> MLAlgorithm | None:
+    """The algorithm that holds an endpoint's production status, if one does."""
+    return MLAlgorithm.objects.filter(
+        parent_endpoint_id=endpoint_id, statuses__active=True, statuses__status=Status.PRODUCTION
+    ).first()

@@ -1,0 +1,238 @@
+"""What is served, to whom, and what became of it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from django.core.validators import RegexValidator
+from django.db import models
+from django.db.models import OuterRef, Q, Subquery
+from django.utils import timezone
+
+from apps.ml.schema import MAX_KEY_LENGTH
+
+ENDPOINT_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+FEEDBACK_LABELS = ("1", "0")
+
+
+class Status(models.TextChoices):
+    TESTING = "testing"
+    STAGING = "staging"
+    PRODUCTION = "production"
+    AB_TESTING = "ab_testing", "A/B testing"
+    RETIRED = "retired"
+
+
+class Endpoint(models.Model):
+    """A question that is answered at /api/v1/{name}/predict, by whichever of its algorithms is asked for."""
+
+    name = models.CharField(max_length=128, unique=True, validators=[RegexValidator(f"^{ENDPOINT_NAME}$")])
+    owner = models.CharField(max_length=128)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class AlgorithmQuerySet(models.QuerySet["MLAlgorithm"]):
+    def with_current_status(self) -> AlgorithmQuerySet:
+        """Annotate `current_status`, the status that is active now."""
+        active = MLAlgorithmStatus.objects.active().filter(parent_mlalgorithm=OuterRef("pk"))
+        return self.annotate(current_status=Subquery(active.values("status")[:1]))
+
+
+class MLAlgorithm(models.Model):
+    """A trained model, registered: where its artifact is and which hashes it had at that moment."""
+
+    name = models.CharField(max_length=128)
+    description = models.TextField(blank=True)
+    code = models.TextField(blank=True)
+    version = models.CharField(max_length=64)
+    owner = models.CharField(max_length=128)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    parent_endpoint = models.ForeignKey(Endpoint, on_delete=models.PROTECT, related_name="algorithms")
+
+    key = models.CharField(max_length=64, help_text="Which class answers for it, e.g. random_forest.")
+    artifact = models.CharField(max_length=160, help_text="Its file, below the artifacts folder.")
+    artifact_sha256 = models.CharField(max_length=64)
+    schema_sha256 = models.CharField(max_length=64)
+    metrics = models.JSONField(default=dict, blank=True, help_text="Scores on the customers held out of training.")
+    target = models.JSONField(
+        default=dict, help_text="The target column, and how the training table spells its values."
+    )
+
+    objects = AlgorithmQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "algorithm"
+        constraints = [
+            models.UniqueConstraint(
+                fields=["parent_endpoint", "name", "version"], name="one_algorithm_per_endpoint_name_and_version"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    def outcome_label(self, value: Any) -> str | None:
+        """The label, "1" or "0", that an outcome means; None when it is neither label nor a target value.
+
+        "1" and "0" are always the labels, also where the training table spells its own values so.
+        """
+        text = str(value).strip()
+        if text in FEEDBACK_LABELS:
+            return text
+        spellings = {self.target.get("positive", "").lower(): "1", self.target.get("negative", "").lower(): "0"}
+        return spellings.get(text.lower()) if text else None
+
+
+class StatusQuerySet(models.QuerySet["MLAlgorithmStatus"]):
+    def active(self) -> StatusQuerySet:
+        return self.filter(active=True)
+
+    def served(self) -> StatusQuerySet:
+        """The active statuses of algorithms that answer requests."""
+        return self.active().exclude(status=Status.RETIRED)
+
+
+class MLAlgorithmStatus(models.Model):
+    """One step in an algorithm's life. Steps are added, never edited; the active one holds now."""
+
+    status = models.CharField(max_length=16, choices=Status)
+    active = models.BooleanField(default=True)
+    created_by = models.CharField(max_length=150)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    parent_mlalgorithm = models.ForeignKey(MLAlgorithm, on_delete=models.PROTECT, related_name="statuses")
+    # The algorithm's endpoint, once more: only a column of this table can carry the second constraint.
+    parent_endpoint = models.ForeignKey(Endpoint, on_delete=models.PROTECT, related_name="+", editable=False)
+
+    objects = StatusQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "status"
+        verbose_name_plural = "status history"
+        constraints = [
+            models.UniqueConstraint(
+                fields=["parent_mlalgorithm"], condition=Q(active=True), name="one_active_status_per_algorithm"
+            ),
+            models.UniqueConstraint(
+                fields=["parent_endpoint"],
+                condition=Q(active=True, status=Status.PRODUCTION),
+                name="one_production_algorithm_per_endpoint",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.parent_mlalgorithm}: {self.get_status_display()}"
+
+
+class ABTestQuerySet(models.QuerySet["ABTest"]):
+    def running(self) -> ABTestQuerySet:
+        return self.filter(ended_at=None)
+
+
+class ABTest(models.Model):
+    """Two algorithms of one endpoint, compared on what became of the customers they answered for."""
+
+    title = models.CharField(max_length=200)
+    created_by = models.CharField(max_length=150)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    ended_at = models.DateTimeField(null=True, blank=True, editable=False)
+    summary = models.TextField(blank=True, editable=False)
+    parent_mlalgorithm_1 = models.ForeignKey(MLAlgorithm, on_delete=models.PROTECT, related_name="+")
+    parent_mlalgorithm_2 = models.ForeignKey(MLAlgorithm, on_delete=models.PROTECT, related_name="+")
+    parent_endpoint = models.ForeignKey(Endpoint, on_delete=models.PROTECT, related_name="abtests", editable=False)
+    champion = models.ForeignKey(
+        MLAlgorithm,
+        on_delete=models.PROTECT,
+        related_name="+",
+        null=True,
+        blank=True,
+        editable=False,
+        help_text="Which of the two held production when the test began, if either did.",
+    )
+
+    objects = ABTestQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "A/B test"
+        constraints = [
+            models.UniqueConstraint(
+                fields=["parent_endpoint"], condition=Q(ended_at=None), name="one_running_test_per_endpoint"
+            ),
+            models.CheckConstraint(
+                condition=~Q(parent_mlalgorithm_1=models.F("parent_mlalgorithm_2")), name="two_different_algorithms"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.title
+
+    @property
+    def arm_ids(self) -> tuple[int, int]:
+        return self.parent_mlalgorithm_1_id, self.parent_mlalgorithm_2_id
+
+
+class RequestQuerySet(models.QuerySet["MLRequest"]):
+    def labelled(self) -> RequestQuerySet:
+        return self.exclude(feedback=None)
+
+    def since(self, moment: datetime) -> RequestQuerySet:
+        return self.filter(created_at__gte=moment)
+
+
+class MLRequest(models.Model):
+    """One customer asked about: the question, the answer, and later the outcome."""
+
+    input_data = models.JSONField(editable=False)
+    full_response = models.JSONField(editable=False)
+    response = models.CharField("label", max_length=16, editable=False)
+    probability = models.FloatField(editable=False)
+    feedback = models.CharField(
+        max_length=16, null=True, blank=True, choices=[(label, label) for label in FEEDBACK_LABELS]
+    )
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    latency_ms = models.FloatField(editable=False, help_text="From the parsed call to the scored answer.")
+    customer_key = models.CharField(max_length=MAX_KEY_LENGTH, blank=True, editable=False)
+    parent_mlalgorithm = models.ForeignKey(
+        MLAlgorithm, on_delete=models.PROTECT, related_name="requests", editable=False, db_index=False
+    )
+    abtest = models.ForeignKey(
+        ABTest, on_delete=models.PROTECT, related_name="requests", null=True, editable=False, db_index=False
+    )
+
+    objects = RequestQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "request"
+        indexes = [
+            models.Index(fields=["created_at"], name="request_by_time"),
+            # Holds all that counting an algorithm's requests and right answers reads.
+            models.Index(
+                fields=["parent_mlalgorithm", "created_at", "feedback", "response"], name="request_by_algorithm"
+            ),
+            models.Index(fields=["customer_key"], condition=~Q(customer_key=""), name="request_by_customer"),
+            models.Index(
+                fields=["abtest", "parent_mlalgorithm", "feedback", "response"],
+                condition=Q(abtest__isnull=False),
+                name="request_by_abtest",
+            ),
+            models.Index(fields=["id"], condition=Q(feedback__isnull=False), name="request_labelled"),
+        ]
+
+    def __str__(self) -> str:
+        return f"request {self.pk}"
+
+
+class FeedbackChange(models.Model):
+    """An outcome as it was told, or corrected: who said what, when."""
+
+    request = models.ForeignKey(MLRequest, on_delete=models.CASCADE, related_name="feedback_changes")
+    previous = models.CharField(max_length=16, null=True)
+    feedback = models.CharField(max_length=16)
+    created_by = models.CharField(max_length=150)
+    created_at = models.DateTimeField(default=timezone.now)
+
+    def __str__(self) -> str:
+        return f"{self.previous or 'unknown'} to {self.feedback}"

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from typing import Any
+
+from drf_spectacular.utils import extend_schema_field
+from rest_framework import serializers
+
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
+from apps.endpoints.prediction import Wanted
+
+ANONYMOUS = "anonymous"
+
+
+class EndpointSerializer(serializers.ModelSerializer):
+    class Meta:
+        model = Endpoint
+        fields = ["id", "name", "owner", "created_at"]
+        read_only_fields = fields
+
+
+class MLAlgorithmSerializer(serializers.ModelSerializer):
+    current_status = serializers.ChoiceField(Status.choices, read_only=True)
+
+    class Meta:
+        model = MLAlgorithm
+        fields = [
+            *("id", "name", "key", "description", "code", "version", "owner", "created_at", "parent_endpoint"),
+            *("current_status", "artifact", "artifact_sha256", "metrics"),
+        ]
+        read_only_fields = fields
+
+
+class CreatedByField(serializers.CharField):
+    """Who asks: the token's user where there is one, else what the body says."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(max_length=150, required=False, default=ANONYMOUS, **kwargs)
+
+    def run_validation(self, data: Any = serializers.empty) -> str:
+        user = self.context["request"].user if "request" in self.context else None
+        return user.get_username() if user else super().run_validation(data)
+
+
+class MLAlgorithmStatusSerializer(serializers.ModelSerializer):
+    status = serializers.CharField(max_length=128, help_text="testing, staging, production or retired")
+    created_by = CreatedByField()
+
+    class Meta:
+        model = MLAlgorithmStatus
+        fields = ["id", "status", "active", "created_by", "created_at", "parent_mlalgorithm"]
+        read_only_fields = ["id", "active", "created_at"]
+
+
+class MLRequestSerializer(serializers.ModelSerializer):
+    class Meta:
+        model = MLRequest
+        fields = [
+            *("id", "input_data", "full_response", "response", "probability", "feedback", "customer_key"),
+            *("latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
+        ]
+        read_only_fields = [name for name in fields if name != "feedback"]
+
+
+@extend_schema_field({"oneOf": [{"type": "string"}, {"type": "integer"}, {"type": "boolean"}]})
+class OutcomeField(serializers.Field):
+    """An outcome as the client spells it; which spellings there are depends on the algorithm's training table."""
+
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, (str, int)):
+            return data
+        raise serializers.ValidationError('Expected "1" or "0".')
+
+
+class FeedbackSerializer(serializers.Serializer):
+    """The one thing that may be written to a logged request. Other fields may be sent back as they were read."""
+
+    feedback = OutcomeField()
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        current = self.context["current"]
+        changed = [
+            name for name, value in self.initial_data.items() if name != "feedback" and current.get(name) != value
+        ]
+        if changed and not self.context["is_form"]:
+            raise serializers.ValidationError(
+                dict.fromkeys(changed, "Only feedback can be written; leave this field out or as it was.")
+            )
+        return attrs
+
+
+class ABTestSerializer(serializers.ModelSerializer):
+    created_by = CreatedByField()
+
+    class Meta:
+        model = ABTest
+        fields = [
+            *("id", "title", "created_by", "created_at", "ended_at", "summary"),
+            *("parent_mlalgorithm_1", "parent_mlalgorithm_2"),
+        ]
+        read_only_fields = ["id", "created_at", "ended_at", "summary"]
+
+
+class WantedSerializer(serializers.Serializer):
+    """The query parameters that choose the algorithm."""
+
+    status = serializers.CharField(required=False, help_text="Its lifecycle status.")
+    version = serializers.CharField(required=False)
+    algorithm = serializers.CharField(required=False, help_text="Its name or key, such as random_forest.")
+
+    def wanted(self) -> Wanted:
+        self.is_valid(raise_exception=True)
+        return Wanted(**self.validated_data)
+
+
+class BatchSerializer(serializers.Serializer):
+    file = serializers.FileField(allow_empty_file=True, help_text="A CSV with a header line.")
+    endpoint = serializers.CharField(required=False)
+    status = serializers.CharField(default=Status.PRODUCTION.value)
+    version = serializers.CharField(required=False)
+    algorithm = serializers.CharField(required=False)
+    format = serializers.ChoiceField(["json", "csv"], default="json")
+
+
+class AnswerSerializer(serializers.Serializer):
+    """For documentation: what `Answer.as_json` gives."""
+
+    probability = serializers.FloatField(help_text="That the customer stays, 0 to 1.")
+    label = serializers.ChoiceField(["1", "0"], help_text='"1" (stays) above 0.5.')
+    status = serializers.ChoiceField(["OK"])
+    request_id = serializers.IntegerField(help_text="Send the outcome to /mlrequests/{request_id} later.")
+    algorithm = serializers.CharField()
+    version = serializers.CharField()
+    warnings = serializers.ListField(child=serializers.CharField(), required=False)
+
+
+class BatchPredictionSerializer(serializers.Serializer):
+    probability = serializers.FloatField()
+    label = serializers.ChoiceField(["1", "0"])
+    status = serializers.ChoiceField(["OK"])
+    warnings = serializers.ListField(child=serializers.CharField(), required=False)
+
+
+class BatchAnswerSerializer(serializers.Serializer):
+    id = serializers.IntegerField(help_text="Of the logged request.")
+    prediction = BatchPredictionSerializer()
+
+
+class ProblemSerializer(serializers.Serializer):
+    field = serializers.CharField(allow_null=True)
+    message = serializers.CharField()
+    row = serializers.IntegerField(required=False, help_text="Counted from 1 in the list that was sent.")
+    line = serializers.IntegerField(required=False, help_text="Counted from 1 in the file; the header is line 1.")
+
+
+class ErrorSerializer(serializers.Serializer):
+    status = serializers.ChoiceField(["Error"])
+    message = serializers.CharField()
+    errors = ProblemSerializer(many=True, required=False)

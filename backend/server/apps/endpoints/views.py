@@ -1,0 +1,294 @@
+"""Translate HTTP: parse, make one call into the domain, serialise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import django_filters
+from django.conf import settings
+from django.http import Http404, HttpResponse
+from django.utils import timezone
+from drf_spectacular.utils import OpenApiResponse, PolymorphicProxySerializer, extend_schema, extend_schema_view
+from rest_framework import mixins, pagination, viewsets
+from rest_framework.exceptions import ParseError
+from rest_framework.parsers import MultiPartParser
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from apps.endpoints import abtests, batch, feedback, lifecycle, prediction
+from apps.endpoints.exceptions import PayloadTooLarge
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
+from apps.endpoints.permissions import TokenUnlessDebug, WritesNeedABTestPermission, WritesNeedStatusPermission
+from apps.endpoints.serializers import (
+    ANONYMOUS,
+    ABTestSerializer,
+    AnswerSerializer,
+    BatchAnswerSerializer,
+    BatchSerializer,
+    EndpointSerializer,
+    ErrorSerializer,
+    FeedbackSerializer,
+    MLAlgorithmSerializer,
+    MLAlgorithmStatusSerializer,
+    MLRequestSerializer,
+    WantedSerializer,
+)
+from apps.ml.registry import DEFAULT_ENDPOINT
+
+ID = "[0-9]{1,18}"
+BAD_REQUEST = OpenApiResponse(ErrorSerializer, description="What is wrong, and what to do.")
+UNAVAILABLE = OpenApiResponse(ErrorSerializer, description="The model cannot answer now, and why.")
+
+
+def _asker(request: Request) -> str:
+    return request.user.get_username() if request.user else ANONYMOUS
+
+
+class BoundedBody:
+    """Refuses a body over the limit before it is read."""
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super().initial(request, *args, **kwargs)
+        sent = int(request.META.get("CONTENT_LENGTH") or 0)
+        limit = self.max_bytes()
+        if sent > limit:
+            raise PayloadTooLarge(f"The body has {sent:,} bytes; the limit is {limit:,}. Send it in parts.")
+
+    def max_bytes(self) -> int:
+        return settings.MAX_BODY_BYTES
+
+
+class EndpointViewSet(viewsets.ReadOnlyModelViewSet):
+    """What can be asked: each endpoint answers at /{name}/predict."""
+
+    lookup_value_regex = ID
+    queryset = Endpoint.objects.order_by("id")
+    serializer_class = EndpointSerializer
+
+
+class AlgorithmFilter(django_filters.FilterSet):
+    endpoint = django_filters.CharFilter("parent_endpoint__name")
+    status = django_filters.ChoiceFilter(choices=Status.choices, field_name="current_status")
+
+    class Meta:
+        model = MLAlgorithm
+        fields = ["name", "version"]
+
+
+class MLAlgorithmViewSet(viewsets.ReadOnlyModelViewSet):
+    """Every registered model, with its present status and its scores on held-out customers."""
+
+    lookup_value_regex = ID
+    queryset = MLAlgorithm.objects.with_current_status().order_by("id")
+    serializer_class = MLAlgorithmSerializer
+    filterset_class = AlgorithmFilter
+
+
+class StatusFilter(django_filters.FilterSet):
+    class Meta:
+        model = MLAlgorithmStatus
+        fields = ["parent_mlalgorithm", "status", "active"]
+
+
+@extend_schema_view(
+    create=extend_schema(
+        responses={
+            201: MLAlgorithmStatusSerializer,
+            400: BAD_REQUEST,
+            409: OpenApiResponse(ErrorSerializer, description="A running A/B test forbids it."),
+        }
+    )
+)
+class MLAlgorithmStatusViewSet(
+    BoundedBody,
+    mixins.CreateModelMixin,
+    mixins.ListModelMixin,
+    mixins.RetrieveModelMixin,
+    viewsets.GenericViewSet,
+):
+    """The history of statuses. Posting one makes it the algorithm's only active status."""
+
+    lookup_value_regex = ID
+    queryset = MLAlgorithmStatus.objects.order_by("id")
+    serializer_class = MLAlgorithmStatusSerializer
+    permission_classes = [TokenUnlessDebug, WritesNeedStatusPermission]
+    filterset_class = StatusFilter
+
+    def perform_create(self, serializer: MLAlgorithmStatusSerializer) -> None:
+        data = serializer.validated_data
+        serializer.instance = lifecycle.set_status(
+            data["parent_mlalgorithm"], data["status"], by=data["created_by"], now=timezone.now()
+        )
+
+
+class NewestFirst(pagination.CursorPagination):
+    """Pages by key: as fast on the last page as on the first, and nothing is counted."""
+
+    ordering = "-id"
+    page_size = 50
+    page_size_query_param = "page_size"
+    max_page_size = 1000
+
+
+class RequestFilter(django_filters.FilterSet):
+    algorithm = django_filters.NumberFilter("parent_mlalgorithm")
+    abtest = django_filters.NumberFilter("abtest")
+    customer_key = django_filters.CharFilter("customer_key")
+    created_after = django_filters.IsoDateTimeFilter("created_at", lookup_expr="gte")
+    created_before = django_filters.IsoDateTimeFilter("created_at", lookup_expr="lt")
+    labelled = django_filters.BooleanFilter("feedback", lookup_expr="isnull", exclude=True)
+
+    class Meta:
+        model = MLRequest
+        fields: list[str] = []
+
+
+class MLRequestViewSet(BoundedBody, viewsets.ReadOnlyModelViewSet):
+    """Every answered request. Its `feedback`, the true outcome, is written when it is known."""
+
+    lookup_value_regex = ID
+    queryset = MLRequest.objects.all()
+    serializer_class = MLRequestSerializer
+    pagination_class = NewestFirst
+    filterset_class = RequestFilter
+
+    @extend_schema(request=FeedbackSerializer, responses={200: MLRequestSerializer, 400: BAD_REQUEST})
+    def update(self, request: Request, pk: str) -> Response:
+        logged = self.get_object()
+        serializer = FeedbackSerializer(
+            data=request.data,
+            context={
+                "current": MLRequestSerializer(logged).data,
+                "is_form": hasattr(request.data, "getlist"),
+            },
+        )
+        serializer.is_valid(raise_exception=True)
+        logged = feedback.record(
+            logged.pk, serializer.validated_data["feedback"], by=_asker(request), now=timezone.now()
+        )
+        return Response(MLRequestSerializer(logged).data)
+
+    @extend_schema(request=FeedbackSerializer, responses={200: MLRequestSerializer, 400: BAD_REQUEST})
+    def partial_update(self, request: Request, pk: str) -> Response:
+        return self.update(request, pk)
+
+
+class PredictView(BoundedBody, APIView):
+    """Will this customer stay? One object in, one answer out; a list in, a list out, in its order."""
+
+    @extend_schema(
+        parameters=[WantedSerializer],
+        request={"application/json": {"type": "object", "additionalProperties": True}},
+        responses={
+            200: PolymorphicProxySerializer(
+                "AnswerOrList", [AnswerSerializer, AnswerSerializer(many=True)], resource_type_field_name=None
+            ),
+            400: BAD_REQUEST,
+            404: OpenApiResponse(ErrorSerializer, description="There is no such endpoint."),
+            503: UNAVAILABLE,
+        },
+    )
+    def post(self, request: Request, endpoint_name: str) -> Response:
+        wanted = WantedSerializer(data=request.query_params).wanted()
+        is_form = hasattr(request.data, "getlist")
+        is_list = isinstance(request.data, list)
+        rows = [request.data.dict()] if is_form else request.data if is_list else [request.data]
+        if not rows:
+            raise ParseError("The list is empty; send at least one customer.")
+        answers = prediction.predict(endpoint_name, rows, wanted, now=timezone.now(), as_text=is_form)
+        return Response([answer.as_json() for answer in answers] if is_list else answers[0].as_json())
+
+
+class BatchPredictView(BoundedBody, APIView):
+    """Score a CSV of customers: one answer per line, in the file's order, or none if any line is bad."""
+
+    parser_classes = [MultiPartParser]
+
+    def max_bytes(self) -> int:
+        return settings.MAX_UPLOAD_BYTES
+
+    @extend_schema(
+        request={"multipart/form-data": BatchSerializer},
+        responses={
+            (201, "application/json"): BatchAnswerSerializer(many=True),
+            (201, "text/csv"): str,
+            400: BAD_REQUEST,
+            404: OpenApiResponse(ErrorSerializer, description="There is no such endpoint."),
+            413: OpenApiResponse(ErrorSerializer, description="The file is too large."),
+            503: UNAVAILABLE,
+        },
+    )
+    def post(self, request: Request) -> HttpResponse:
+        serializer = BatchSerializer(data={**request.query_params.dict(), **request.data.dict()})
+        serializer.is_valid(raise_exception=True)
+        asked = serializer.validated_data
+        scored = batch.predict_file(
+            asked["file"],
+            asked.get("endpoint", DEFAULT_ENDPOINT),
+            prediction.Wanted(asked["status"], asked.get("version"), asked.get("algorithm")),
+            now=timezone.now(),
+        )
+        if asked["format"] == "csv":
+            return HttpResponse(
+                scored.as_csv(),
+                status=201,
+                content_type="text/csv; charset=utf-8",
+                headers={"Content-Disposition": 'attachment; filename="predictions.csv"'},
+            )
+        return Response([answer.as_batch_json() for answer in scored.answers], status=201)
+
+
+@extend_schema_view(create=extend_schema(responses={201: ABTestSerializer, 400: BAD_REQUEST}))
+class ABTestViewSet(
+    BoundedBody,
+    mixins.CreateModelMixin,
+    mixins.ListModelMixin,
+    mixins.RetrieveModelMixin,
+    viewsets.GenericViewSet,
+):
+    """Two algorithms of one endpoint share its traffic. Posting a test starts it."""
+
+    lookup_value_regex = ID
+    queryset = ABTest.objects.order_by("id")
+    serializer_class = ABTestSerializer
+    permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
+
+    def perform_create(self, serializer: ABTestSerializer) -> None:
+        data = serializer.validated_data
+        serializer.instance = abtests.start(
+            data["title"],
+            data["parent_mlalgorithm_1"],
+            data["parent_mlalgorithm_2"],
+            by=data["created_by"],
+            now=timezone.now(),
+        )
+
+
+class StopABTestView(BoundedBody, APIView):
+    """End a test: the more accurate algorithm on labelled requests goes to production."""
+
+    permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
+
+    @extend_schema(request=None, responses={200: ABTestSerializer, 404: ErrorSerializer})
+    def post(self, request: Request, pk: int) -> Response:
+        test = ABTest.objects.filter(pk=pk).first()
+        if test is None:
+            raise Http404(f"There is no A/B test {pk}.")
+        test, ended_now = abtests.stop(test, by=_asker(request), now=timezone.now())
+        message = (
+            "The test is stopped." if ended_now else f"The test had been stopped at {test.ended_at:%Y-%m-%d %H:%M} UTC."
+        )
+        return Response({**ABTestSerializer(test).data, "message": f"{message} {test.summary}"})
+
+
+class NothingHere(APIView):
+    """For addresses under /api/v1/ that do not exist: JSON, in development too."""
+
+    permission_classes: list[type] = []
+    authentication_classes: list[type] = []
+    schema = None
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        hint = " Addresses have no trailing slash." if request.path.endswith("/") else ""
+        raise Http404(f"There is nothing at {request.path}.{hint} The API is described at /api/docs.")

@@ -1,0 +1,1 @@
+"""The classifiers: wrappers that differ only in the artifact they answer with."""

@@ -1,0 +1,149 @@
+"""Database rows and the loaded classifiers that answer for them.
+
+The registry is empty when imported. The WSGI start-up, a command or a test fills it on purpose; any
+process can `get` a row's classifier without having filled it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from django.conf import settings
+from django.utils import timezone
+
+from apps.endpoints import lifecycle
+from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus
+from apps.ml.artifacts import ArtifactError, TrainingRun, newest_run, open_run
+from apps.ml.classifier.base import RetentionClassifier
+from apps.ml.classifier.decision_tree import DecisionTreeClassifier
+from apps.ml.classifier.extra_trees import ExtraTreesClassifier
+from apps.ml.classifier.random_forest import RandomForestClassifier
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ENDPOINT = "classifier"
+
+# Each algorithm's class, and the status it starts with on an endpoint's first training run.
+ALGORITHMS: list[tuple[type[RetentionClassifier], str]] = [
+    (RandomForestClassifier, "production"),
+    (ExtraTreesClassifier, "staging"),
+    (DecisionTreeClassifier, "testing"),
+]
+
+
+class MLRegistry:
+    """`endpoints` maps an algorithm's id to the classifier that answers for it."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[int, RetentionClassifier] = {}
+        self._endpoint_of: dict[int, int] = {}
+        self._filling = threading.Lock()
+
+    def add_algorithm(
+        self,
+        endpoint_name: str,
+        algorithm_object: RetentionClassifier,
+        algorithm_name: str,
+        algorithm_status: str,
+        algorithm_version: str,
+        owner: str,
+        algorithm_description: str,
+        algorithm_code: str,
+    ) -> MLAlgorithm:
+        """Create the algorithm's rows if they are not there, and keep its object. Safe in many processes at once."""
+        target = algorithm_object.schema.target
+        algorithm = lifecycle.register(
+            endpoint_name,
+            algorithm_name,
+            algorithm_version,
+            status=algorithm_status,
+            owner=owner,
+            now=timezone.now(),
+            description=algorithm_description,
+            code=algorithm_code,
+            key=algorithm_object.algorithm,
+            artifact=f"{algorithm_object.version}/{algorithm_object.filename}",
+            artifact_sha256=algorithm_object.artifact_sha256,
+            schema_sha256=algorithm_object.schema.sha256,
+            metrics=algorithm_object.metrics,
+            target={"name": target.name, "positive": target.positive, "negative": target.negative},
+        )
+        self._keep(algorithm, algorithm_object)
+        return algorithm
+
+    def register_run(
+        self, endpoint_name: str = DEFAULT_ENDPOINT, version: str | None = None, owner: str = "retention team"
+    ) -> list[MLAlgorithm]:
+        """Register every known algorithm of a training run, by default the newest. Raises ArtifactError."""
+        directory = Path(settings.ML_ARTIFACTS_DIR)
+        run: TrainingRun = open_run(directory, version) if version else newest_run(directory)
+        return [
+            self.add_algorithm(
+                endpoint_name,
+                classifier := classifier_class(run.version, directory),
+                classifier.title,
+                first_status,
+                run.version,
+                owner,
+                inspect.getdoc(classifier_class) or "",
+                inspect.getsource(classifier_class),
+            )
+            for classifier_class, first_status in ALGORITHMS
+            if f"{classifier_class.algorithm}.joblib" in run
+        ]
+
+    def get(self, algorithm: MLAlgorithm) -> RetentionClassifier:
+        """The loaded classifier of a row. Raises ArtifactError when it is not what was registered."""
+        classifier = self.endpoints.get(algorithm.pk)
+        if classifier is None:
+            with self._filling:
+                classifier = self.endpoints.get(algorithm.pk) or self._construct(algorithm)
+                self._keep(algorithm, classifier)
+        registered = (algorithm.artifact_sha256, algorithm.schema_sha256)
+        if (classifier.artifact_sha256, classifier.schema.sha256) != registered:
+            self.endpoints.pop(algorithm.pk, None)  # so that a repaired artifact is found without a restart
+            raise ArtifactError(
+                f"The artifact of {algorithm} is not the one that was registered: "
+                "restore it, or retire the algorithm and register a new version."
+            )
+        classifier.load()
+        return classifier
+
+    def warm(self) -> dict[MLAlgorithm, ArtifactError]:
+        """Load all that is served; a model that cannot be loaded stops nothing but itself, and is returned."""
+        failures = {}
+        for status in MLAlgorithmStatus.objects.served().select_related("parent_mlalgorithm"):
+            try:
+                self.get(status.parent_mlalgorithm)
+            except ArtifactError as error:
+                failures[status.parent_mlalgorithm] = error
+                logger.error("%s is not available: %s", status.parent_mlalgorithm, error)
+        return failures
+
+    def unload_all_but(self, endpoint_id: int, served: Iterable[int]) -> None:
+        """Let go of an endpoint's classifiers that are served no longer."""
+        for algorithm_id in [pk for pk, endpoint in self._endpoint_of.items() if endpoint == endpoint_id]:
+            if algorithm_id not in served:
+                self.endpoints.pop(algorithm_id, None)
+                self._endpoint_of.pop(algorithm_id, None)
+
+    def clear(self) -> None:
+        self.endpoints.clear()
+        self._endpoint_of.clear()
+
+    def _keep(self, algorithm: MLAlgorithm, classifier: RetentionClassifier) -> None:
+        self.endpoints[algorithm.pk] = classifier
+        self._endpoint_of[algorithm.pk] = algorithm.parent_endpoint_id
+
+    def _construct(self, algorithm: MLAlgorithm) -> RetentionClassifier:
+        for classifier_class, _ in ALGORITHMS:
+            if classifier_class.algorithm == algorithm.key:
+                return classifier_class(algorithm.artifact.split("/")[0], settings.ML_ARTIFACTS_DIR)
+        raise ArtifactError(f"No class answers for {algorithm.key!r}; is its line missing in apps/ml/registry.py?")
+
+
+registry = MLRegistry()

@@ -1,0 +1,43 @@
+"""Is the process alive, and can it answer? For load balancers and people."""
+
+from __future__ import annotations
+
+from apps.endpoints import prediction
+from apps.ml.artifacts import HOW_TO_TRAIN
+from django.db import DatabaseError, connection
+from django.db.migrations.executor import MigrationExecutor
+from django.http import HttpRequest, JsonResponse
+from django.views.decorators.http import require_safe
+
+
+@require_safe
+def livez(request: HttpRequest) -> JsonResponse:
+    """200 as long as the process answers at all."""
+    return JsonResponse({"status": "alive"})
+
+
+@require_safe
+def readyz(request: HttpRequest) -> JsonResponse:
+    """200 when a production algorithm can answer, 503 when none can; `degraded` lists what is amiss besides."""
+    try:
+        executor = MigrationExecutor(connection)
+        pending = executor.migration_plan(executor.loader.graph.leaf_nodes())
+        if pending:
+            return _not_ready(f"{len(pending)} migrations are pending. Apply them with `python manage.py migrate`.")
+        algorithms = prediction.availability()
+    except DatabaseError as error:
+        return _not_ready(f"The database does not answer: {str(error).strip()}")
+    if not algorithms:
+        return _not_ready(f"No model has been trained yet. {HOW_TO_TRAIN}")
+    degraded = [f"{a.endpoint}: {a.reason}" for a in algorithms if a.reason]
+    endpoints = {a.endpoint for a in algorithms}
+    producing = {a.endpoint for a in algorithms if a.in_production and not a.reason}
+    degraded += [f"{name}: no production algorithm can answer." for name in sorted(endpoints - producing)]
+    if not producing:
+        return _not_ready(*degraded)
+    ready = {"status": "degraded", "degraded": degraded} if degraded else {"status": "ready"}
+    return JsonResponse(ready)
+
+
+def _not_ready(*reasons: str) -> JsonResponse:
+    return JsonResponse({"status": "Error", "message": " ".join(reasons)}, status=503)

@@ -1,0 +1,31 @@
+"""The WSGI application. Starting it registers the newest training run and loads what is served."""
+
+import logging
+import os
+
+from django.core.wsgi import get_wsgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "server.settings")
+application = get_wsgi_application()
+
+
+def fill_registry() -> None:
+    """A missing model, or a database that is not ready, is said in the log and by /readyz; the server starts."""
+    from apps.ml.artifacts import ArtifactError
+    from apps.ml.registry import registry
+    from django.db import DatabaseError, connections
+
+    logger = logging.getLogger("server.wsgi")
+    try:
+        try:
+            registry.register_run()
+        except ArtifactError as error:
+            logger.warning("%s", error)
+        registry.warm()
+    except DatabaseError as error:
+        logger.error("The database is not ready (%s). Apply migrations with `python manage.py migrate`.", error)
+    finally:
+        connections.close_all()
+
+
+fill_registry()
