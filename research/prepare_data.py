@@ -66,7 +66,7 @@ def read_log(path):
     Raises LogMalformed, which names the first line that is not an order, and OSError.
     """
     orders = []
-    with open(path, encoding="ascii", errors="replace") as lines:
+    with Path(path).open(encoding="ascii", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip() or (number == 1 and line.split() == HEADER):
                 continue
@@ -176,7 +176,7 @@ def write_table(table, path):
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         table.to_csv(unfinished, index=False, float_format="%.2f", lineterminator="\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -80,9 +80,7 @@ def as_orders(rows):
 
 def orders_between(first_day, last_day, min_size=0):
     """Small logs: few customers and few days, so that they collide."""
-    order = st.tuples(
-        st.integers(1, 5), st.integers(first_day, last_day), st.integers(1, 9), st.integers(0, 20_000)
-    )
+    order = st.tuples(st.integers(1, 5), st.integers(first_day, last_day), st.integers(1, 9), st.integers(0, 20_000))
     return st.lists(order, min_size=min_size, max_size=25)
 
 
@@ -103,8 +101,8 @@ def test_the_shipped_table_is_rebuilt_byte_for_byte(cdnow_log, tmp_path, capsys)
 def test_the_shipped_table_has_one_sorted_row_per_customer(shipped_table):
     assert shipped_table["CustomerId"].is_monotonic_increasing
     assert shipped_table["CustomerId"].is_unique
-    assert list(shipped_table.columns)[0] == "CustomerId"
-    assert list(shipped_table.columns)[-1] == "IsRetained"
+    assert shipped_table.columns[0] == "CustomerId"
+    assert shipped_table.columns[-1] == "IsRetained"
 
 
 def test_the_card_states_the_size_and_the_class_balance(card, shipped_table):
