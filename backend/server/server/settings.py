@@ -140,7 +140,12 @@ SPECTACULAR_SETTINGS = {
         "drf_spectacular.hooks.postprocess_schema_enums",
         "apps.endpoints.openapi.add_examples_of_the_trained_table",
     ],
-    "ENUM_NAME_OVERRIDES": {"StatusEnum": "apps.endpoints.models.Status"},
+    "ENUM_NAME_OVERRIDES": {
+        "LifecycleStatus": "apps.endpoints.models.Status",
+        "Label": [("1", "1"), ("0", "0")],
+        "AnswerStatus": ["OK"],
+        "ErrorStatus": ["Error"],
+    },
 }
 
 # --- Static files and TLS ---------------------------------------------------------------------------------

@@ -182,7 +182,10 @@ class PredictView(BoundedBody, APIView):
         request={"application/json": {"type": "object", "additionalProperties": True}},
         responses={
             200: PolymorphicProxySerializer(
-                "AnswerOrList", [AnswerSerializer, AnswerSerializer(many=True)], resource_type_field_name=None
+                "AnswerOrList",
+                [AnswerSerializer, AnswerSerializer(many=True)],
+                resource_type_field_name=None,
+                many=False,
             ),
             400: BAD_REQUEST,
             404: OpenApiResponse(ErrorSerializer, description="There is no such endpoint."),

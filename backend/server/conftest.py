@@ -1,0 +1,115 @@
+"""What every test of the server may use: a trained table, a client, and the services of the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rest_framework.test import APIClient
+
+from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus
+from apps.ml.registry import registry
+from tests import postgresql, processes
+
+
+def make_customers(rows: int = 400, seed: int = 7) -> pd.DataFrame:
+    """A small table with every kind of column: customers who buy often and lately tend to stay."""
+    random = np.random.default_rng(seed)
+    orders = random.poisson(3, rows) + 1
+    recency = random.integers(0, 365, rows).astype(float)
+    stays = random.random(rows) < 1 / (1 + np.exp(recency / 60 - orders / 2))
+    return pd.DataFrame(
+        {
+            "CustomerId": [f"C{number:05d}" for number in range(1, rows + 1)],
+            "Plan": random.choice(["basic", "family", "premium"], rows),
+            "Orders": orders,
+            "RecencyDays": recency,
+            "MeanGapDays": np.where(orders > 1, np.round(random.exponential(30, rows), 2), np.nan),
+            "Newsletter": random.random(rows) < 0.5,
+            "IsRetained": stays.astype(int),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def customers_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "customers.csv"
+    make_customers().to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, customers_csv: Path) -> Path:
+    """An artifacts folder with training run 1.0.0. Not to be changed: see `artifacts_dir` for that."""
+    import train
+
+    directory = tmp_path_factory.mktemp("artifacts")
+    assert train.main(["--data", str(customers_csv), "--artifacts-dir", str(directory)]) == 0
+    return directory
+
+
+@pytest.fixture
+def artifacts_dir(tmp_path: Path, trained: Path) -> Path:
+    """A copy of the artifacts folder that a test may change or damage."""
+    return Path(shutil.copytree(trained, tmp_path / "artifacts"))
+
+
+@pytest.fixture(autouse=True)
+def _known_artifacts_and_empty_registry(settings, trained: Path) -> Iterator[None]:
+    settings.ML_ARTIFACTS_DIR = trained
+    registry.clear()
+    yield
+    registry.clear()
+
+
+@pytest.fixture
+def algorithms(db, trained: Path) -> dict[str, MLAlgorithm]:
+    """The three algorithms of the first run, registered, by key."""
+    return {algorithm.key: algorithm for algorithm in registry.register_run()}
+
+
+@pytest.fixture
+def api(settings) -> APIClient:
+    """A client in development: no token, from this machine."""
+    settings.DEBUG = True
+    return APIClient()
+
+
+@pytest.fixture
+def customer() -> dict[str, object]:
+    return {"Plan": "basic", "Orders": 4, "RecencyDays": 20.0, "MeanGapDays": 31.5, "Newsletter": True}
+
+
+def status_of(algorithm: MLAlgorithm) -> str:
+    return MLAlgorithmStatus.objects.active().get(parent_mlalgorithm=algorithm).status
+
+
+def require(found: object, how_to_get: str) -> None:
+    """Skip a test whose service is not installed; fail where services are required."""
+    if found:
+        return
+    if os.environ.get("REQUIRE_SERVICES") == "1":
+        pytest.fail(how_to_get)
+    pytest.skip(how_to_get)
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """A running PostgreSQL server, without a database's name."""
+    require(postgresql.binaries(), postgresql.HOW_TO_GET)
+    with postgresql.running() as url:
+        yield url
+
+
+@pytest.fixture
+def server(tmp_path: Path, trained: Path) -> Iterator[processes.Server]:
+    """A real server in development mode on a fresh SQLite database."""
+    env = processes.environment(f"sqlite:///{tmp_path / 'server.sqlite3'}", trained, DEBUG="1")
+    processes.manage("migrate", env=env)
+    with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as running:
+        yield running
