@@ -6,11 +6,12 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import pandas as pd
-import prepare_data
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal, assert_series_equal
+
+import prepare_data
 
 DATA = Path(prepare_data.__file__).parent / "data"
 START, OBSERVATION_END, LABEL_END = date(1997, 1, 1), date(1997, 1, 31), date(1997, 3, 2)

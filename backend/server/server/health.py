@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from apps.endpoints import prediction
-from apps.ml.artifacts import HOW_TO_TRAIN
 from django.db import DatabaseError, connection
 from django.db.migrations.executor import MigrationExecutor
 from django.http import HttpRequest, JsonResponse
 from django.views.decorators.http import require_safe
+
+from apps.endpoints import prediction
+from apps.ml.artifacts import HOW_TO_TRAIN
 
 
 @require_safe

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import environ
 import structlog
-from apps.ml.artifacts import default_artifacts_dir
 from django.core.exceptions import ImproperlyConfigured
+
+from apps.ml.artifacts import default_artifacts_dir
 
 BASE_DIR = Path(__file__).resolve().parents[1]
 REPOSITORY = BASE_DIR.parents[1]

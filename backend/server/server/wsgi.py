@@ -11,9 +11,10 @@ application = get_wsgi_application()
 
 def fill_registry() -> None:
     """A missing model, or a database that is not ready, is said in the log and by /readyz; the server starts."""
+    from django.db import DatabaseError, connections
+
     from apps.ml.artifacts import ArtifactError
     from apps.ml.registry import registry
-    from django.db import DatabaseError, connections
 
     logger = logging.getLogger("server.wsgi")
     try:
