@@ -19,7 +19,7 @@ def fill_registry() -> None:
     logger = logging.getLogger("server.wsgi")
     try:
         try:
-            registry.register_run()
+            registry.register_newest_run()
         except ArtifactError as error:
             logger.warning("%s", error)
         registry.warm()

@@ -96,6 +96,14 @@ class MLRegistry:
             if f"{classifier_class.algorithm}.joblib" in run
         ]
 
+    def register_newest_run(self) -> list[MLAlgorithm]:
+        """Register the newest run on the default endpoint, unless a person registered it on another one."""
+        run = newest_run(Path(settings.ML_ARTIFACTS_DIR))
+        registered = MLAlgorithm.objects.filter(artifact__startswith=f"{run.version}/")
+        if registered.exclude(parent_endpoint__name=DEFAULT_ENDPOINT).exists():
+            return []
+        return self.register_run(version=run.version)
+
     def get(self, algorithm: MLAlgorithm) -> RetentionClassifier:
         """The loaded classifier of a row. Raises ArtifactError when it is not what was registered."""
         classifier = self.endpoints.get(algorithm.pk)
