@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
 import evaluation
@@ -160,3 +161,27 @@ def test_one_retained_customer_among_many_still_has_finite_intervals():
     probability, outcome = np.linspace(0, 1, 12), np.array([0] * 11 + [1])
     for score in evaluation.scores(probability, outcome, seed=0, resamples=50).values():
         assert np.isfinite([score["value"], score["low"], score["high"]]).all()
+
+
+def test_a_lead_is_the_difference_of_the_scores_with_an_interval_of_its_own():
+    probability, outcome = noisy(800)
+    blurred = probability + np.random.default_rng(1).normal(0, 0.02, 800)
+    lead = evaluation.difference(probability, blurred, outcome, seed=5, resamples=200)
+    both = [evaluation.scores(one, outcome, seed=5, resamples=200)["roc_auc"] for one in (probability, blurred)]
+    assert lead["value"] == pytest.approx(both[0]["value"] - both[1]["value"])
+    assert lead["low"] < lead["value"] < lead["high"]
+    # Both orders find the same customers hard, so their difference is known far better than either.
+    assert lead["high"] - lead["low"] < (both[0]["high"] - both[0]["low"]) / 3
+
+
+def test_a_model_has_no_lead_over_itself():
+    probability, outcome = noisy(100)
+    lead = evaluation.difference(probability, probability, outcome, seed=5, resamples=50)
+    assert lead == {"value": 0, "low": 0, "high": 0}
+
+
+@given(st.integers(1, 400), st.data())
+def test_the_interval_of_a_count_is_wilsons(total, data):
+    count = data.draw(st.integers(0, total))
+    expected = binomtest(count, total).proportion_ci(method="wilson")
+    assert evaluation.wilson_interval(count, total) == pytest.approx((expected.low, expected.high))
