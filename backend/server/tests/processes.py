@@ -82,7 +82,7 @@ def start(env: dict[str, str], log: Path, *, wait_for: str = "/livez", port: int
         try:
             if requests.get(server.url + wait_for, timeout=2).status_code == 200:
                 return server
-        except requests.ConnectionError:
+        except requests.RequestException:
             time.sleep(0.1)
     server.kill()
     raise RuntimeError(f"The server did not answer in time: {log.read_text()[-2000:]}")
