@@ -556,8 +556,8 @@ def _parameters(model: Any) -> dict[str, Any]:
 
 
 def _progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    """A bar on stderr, on a terminal, after a second."""
-    return tqdm(items, desc=what, total=total, disable=None, delay=1, leave=False)
+    """A bar on stderr, if that is a terminal."""
+    return tqdm(items, desc=what, total=total, disable=None, leave=False)
 
 
 if __name__ == "__main__":
