@@ -51,7 +51,9 @@ class MLAlgorithm(models.Model):
     version = models.CharField(max_length=64)
     owner = models.CharField(max_length=128)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    parent_endpoint = models.ForeignKey(Endpoint, on_delete=models.PROTECT, related_name="algorithms")
+    parent_endpoint = models.ForeignKey(
+        Endpoint, on_delete=models.PROTECT, related_name="algorithms", verbose_name="endpoint"
+    )
 
     key = models.CharField(max_length=64, help_text="Which class answers for it, e.g. random_forest.")
     artifact = models.CharField(max_length=160, help_text="Its file, below the artifacts folder.")
@@ -103,7 +105,9 @@ class MLAlgorithmStatus(models.Model):
     active = models.BooleanField(default=True)
     created_by = models.CharField(max_length=150)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
-    parent_mlalgorithm = models.ForeignKey(MLAlgorithm, on_delete=models.PROTECT, related_name="statuses")
+    parent_mlalgorithm = models.ForeignKey(
+        MLAlgorithm, on_delete=models.PROTECT, related_name="statuses", verbose_name="algorithm"
+    )
     # The algorithm's endpoint, once more: only a column of this table can carry the second constraint.
     parent_endpoint = models.ForeignKey(Endpoint, on_delete=models.PROTECT, related_name="+", editable=False)
 
@@ -140,9 +144,15 @@ class ABTest(models.Model):
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     ended_at = models.DateTimeField(null=True, blank=True, editable=False)
     summary = models.TextField(blank=True, editable=False)
-    parent_mlalgorithm_1 = models.ForeignKey(MLAlgorithm, on_delete=models.PROTECT, related_name="+")
-    parent_mlalgorithm_2 = models.ForeignKey(MLAlgorithm, on_delete=models.PROTECT, related_name="+")
-    parent_endpoint = models.ForeignKey(Endpoint, on_delete=models.PROTECT, related_name="abtests", editable=False)
+    parent_mlalgorithm_1 = models.ForeignKey(
+        MLAlgorithm, on_delete=models.PROTECT, related_name="+", verbose_name="first algorithm"
+    )
+    parent_mlalgorithm_2 = models.ForeignKey(
+        MLAlgorithm, on_delete=models.PROTECT, related_name="+", verbose_name="second algorithm"
+    )
+    parent_endpoint = models.ForeignKey(
+        Endpoint, on_delete=models.PROTECT, related_name="abtests", editable=False, verbose_name="endpoint"
+    )
     champion = models.ForeignKey(
         MLAlgorithm,
         on_delete=models.PROTECT,
@@ -174,9 +184,16 @@ class ABTest(models.Model):
         return self.parent_mlalgorithm_1_id, self.parent_mlalgorithm_2_id
 
 
+HAS_CUSTOMER_KEY = ~Q(customer_key="")
+
+
 class RequestQuerySet(models.QuerySet["MLRequest"]):
+    # SQLite uses a partial index only where the query repeats its condition word for word.
     def labelled(self) -> RequestQuerySet:
-        return self.exclude(feedback=None)
+        return self.filter(feedback__isnull=False)
+
+    def of_customer(self, key: str) -> RequestQuerySet:
+        return self.filter(HAS_CUSTOMER_KEY, customer_key=key)
 
     def since(self, moment: datetime) -> RequestQuerySet:
         return self.filter(created_at__gte=moment)
@@ -196,10 +213,21 @@ class MLRequest(models.Model):
     latency_ms = models.FloatField(editable=False, help_text="From the parsed call to the scored answer.")
     customer_key = models.CharField(max_length=MAX_KEY_LENGTH, blank=True, editable=False)
     parent_mlalgorithm = models.ForeignKey(
-        MLAlgorithm, on_delete=models.PROTECT, related_name="requests", editable=False, db_index=False
+        MLAlgorithm,
+        on_delete=models.PROTECT,
+        related_name="requests",
+        editable=False,
+        db_index=False,
+        verbose_name="algorithm",
     )
     abtest = models.ForeignKey(
-        ABTest, on_delete=models.PROTECT, related_name="requests", null=True, editable=False, db_index=False
+        ABTest,
+        on_delete=models.PROTECT,
+        related_name="requests",
+        null=True,
+        editable=False,
+        db_index=False,
+        verbose_name="A/B test",
     )
 
     objects = RequestQuerySet.as_manager()
@@ -212,7 +240,9 @@ class MLRequest(models.Model):
             models.Index(
                 fields=["parent_mlalgorithm", "created_at", "feedback", "response"], name="request_by_algorithm"
             ),
-            models.Index(fields=["customer_key"], condition=~Q(customer_key=""), name="request_by_customer"),
+            # An algorithm's newest requests, however many others came since.
+            models.Index(fields=["parent_mlalgorithm", "id"], name="request_newest_by_algorithm"),
+            models.Index(fields=["customer_key"], condition=HAS_CUSTOMER_KEY, name="request_by_customer"),
             models.Index(
                 fields=["abtest", "parent_mlalgorithm", "feedback", "response"],
                 condition=Q(abtest__isnull=False),
