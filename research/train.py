@@ -149,7 +149,7 @@ def load_table(
 
     def read(columns: Sequence[str] | None, as_text: Sequence[str]) -> pd.DataFrame:
         try:
-            return pd.read_csv(
+            frame = pd.read_csv(
                 io.StringIO(text),
                 sep=delimiter,
                 usecols=columns,
@@ -161,6 +161,10 @@ def load_table(
             )
         except (ValueError, OverflowError) as error:
             raise TableError(f"{path.name} cannot be read as a table: {error}.") from error
+        # pandas leaves "" and the like in a column of whole numbers from 2**63 on, which it reads as text.
+        for name, column in frame.select_dtypes("str").items():
+            frame[name] = column.mask(column.isin(missing))
+        return frame
 
     notes: list[str] = []
     if identifier is None:

@@ -12,7 +12,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.tree import DecisionTreeClassifier
@@ -512,6 +512,7 @@ def as_served(schema, text):
     return schema.align(schema.parse_text(list(rows), MISSING_IN_FILES)).matrix
 
 
+@example(text="a,IsRetained\n" + ",0\n9223372036854775808,1\n" * 10, seed=0)
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=tables(), seed=st.integers(0, 5))
 def test_any_table_trains_as_it_is_served_or_is_refused_with_a_sentence(tmp_path_factory, text, seed):
