@@ -192,7 +192,7 @@ class Schema:
         value = row.get(self.identifier) if self.identifier else None
         if value is None:
             return ""
-        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf:
             value = str(int(value) if value == int(value) else value)
         if not isinstance(value, str):
             raise ValueError(f"{self.identifier} expects text or a number, got {_shown(value)}")
