@@ -24,18 +24,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+from sklearn.model_selection import train_test_split
+from sklearn.tree import DecisionTreeClassifier
+from tqdm import tqdm
+
 RESEARCH = Path(__file__).resolve().parent
-SERVER = RESEARCH.parent / "backend" / "server"
-for _folder in (RESEARCH, SERVER):
+for _folder in (RESEARCH, RESEARCH.parent / "backend" / "server"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
-
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier  # noqa: E402
-from sklearn.model_selection import train_test_split  # noqa: E402
-from sklearn.tree import DecisionTreeClassifier  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import evaluation  # noqa: E402
 from apps.ml import artifacts  # noqa: E402
@@ -152,6 +151,8 @@ def load_table(
             frame = pd.read_csv(
                 io.StringIO(text),
                 sep=delimiter,
+                header=0,
+                names=header,  # without the spaces around them, as batches read them
                 usecols=columns,
                 dtype=dict.fromkeys(as_text, str),
                 index_col=False,
@@ -469,6 +470,7 @@ def _checked_shape(text: str, filename: str) -> tuple[list[str], str, list[str]]
         header = next(filled, None)
         if header is None:
             raise TableError(f"{filename} is empty.")
+        header = [name.strip() for name in header]
         _check_names(header)
         missing = set(MISSING_IN_FILES)
         count = 0
@@ -489,7 +491,7 @@ def _checked_shape(text: str, filename: str) -> tuple[list[str], str, list[str]]
 
 def _check_names(header: Sequence[str]) -> None:
     for position, name in enumerate(header, start=1):
-        if not name.strip():
+        if not name:
             raise TableError(f"Column {position} has no name; give it one in the header, or delete the column.")
         if header.index(name) != position - 1:
             raise TableError(f"Two columns are named {name}; rename or delete one of them.")
