@@ -12,8 +12,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +41,20 @@ LARGEST_NUMBER = float(np.finfo(np.float32).max)
 _TRUE_TEXT = frozenset(["true", "t", "yes", "y", "1", "on"])
 _FALSE_TEXT = frozenset(["false", "f", "no", "n", "0", "off"])
 _POSITIVE_TEXT = frozenset(["true", "yes", "y", "1"])
-_FULL_DATE = re.compile(r"\s*(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))([T ].*)?\s*")
+_MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+_FULL_DATE = re.compile(
+    rf"\s*(\d{{4}}[-/.]\d{{1,2}}[-/.]\d{{1,2}}|\d{{1,2}}[-/.]\d{{1,2}}[-/.](\d{{4}}|\d{{2}})"
+    rf"|\d{{1,2}}[-/. ]+{_MONTH}[-/., ]+(\d{{4}}|\d{{2}})|{_MONTH} \d{{1,2}},? \d{{4}})([T ].*)?\s*",
+    re.IGNORECASE,
+)
 # PostgreSQL stores neither NUL characters nor lone surrogates, so no text of ours may hold one.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-_PROBLEMS_WITH_A_SUGGESTION = 10
+# Values of these types need no closer look than `Column.encode_all` gives them.
+_PLAIN_TYPES = {NUMERIC: {int, float, type(None)}, BOOLEAN: {bool, type(None)}, CATEGORICAL: {str, type(None)}}
+
+# Looking for the nearest name is slow, and a body of ten megabytes holds millions of bad rows.
+_SUGGESTIONS = 10
+_PROBLEMS = 10_000
 
 
 class TableError(ValueError):
@@ -75,6 +87,14 @@ class Column:
     mode: float | bool | str
     categories: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.kind not in _PLAIN_TYPES:
+            raise ValueError(f"{self.name} is of no known kind: {_shown(self.kind)}")
+        if len(set(self.categories)) < len(self.categories):
+            raise ValueError(f"{self.name} lists a category twice")
+        if self.encode(self.mode) == UNSEEN_CATEGORY and self.kind == CATEGORICAL:
+            raise ValueError(f"{self.name} has the mode {_shown(self.mode)}, which is none of its categories")
+
     @cached_property
     def _codes(self) -> dict[str, float]:
         return {category: float(code) for code, category in enumerate(self.categories)}
@@ -106,6 +126,27 @@ class Column:
             raise ValueError(f"{self.name} is infinite or beyond {LARGEST_NUMBER:.1e}")
         return number
 
+    def encode_all(self, values: Sequence[Any]) -> tuple[np.ndarray, list[Problem]]:
+        """`encode` for many values: (values,) float64, NaN where a value is None; and what is wrong with the rest.
+
+        numpy takes what is plainly right, `encode` looks at the others one by one.
+        """
+        numbers = np.full(len(values), np.nan)
+        doubtful: Iterable[int] = range(len(values))
+        if len(values) > 1 and set(map(type, values)) <= _PLAIN_TYPES[self.kind]:
+            known = list(map(self._codes.get, values)) if self.kind == CATEGORICAL else values
+            with suppress(OverflowError):  # an integer beyond float64
+                numbers = np.array(known, dtype=np.float64)
+                doubtful = np.flatnonzero(~(np.abs(numbers) <= LARGEST_NUMBER)).tolist()
+        problems = []
+        for index in doubtful:
+            if values[index] is not None:
+                try:
+                    numbers[index] = self.encode(values[index])
+                except ValueError as error:
+                    problems.append(Problem(self.name, str(error), index))
+        return numbers, problems
+
     def parse(self, text: str) -> float | bool | str:
         """The value that a form field or a CSV cell spells. Raises ValueError with a sentence."""
         if self.kind == CATEGORICAL:
@@ -117,12 +158,9 @@ class Column:
             if stripped.lower() in _FALSE_TEXT:
                 return False
             raise ValueError(f"{self.name} expects true or false, got {_shown(text)}")
-        try:
-            if "_" in stripped:  # float() would take 1_000 for a number
-                raise ValueError
-            number = float(stripped)
-        except ValueError:
-            raise ValueError(f"{self.name} expects a number such as 12.5, got {_shown(text)}") from None
+        number = _number(stripped)
+        if number is None:
+            raise ValueError(f"{self.name} expects a number such as 12.5, got {_shown(text)}")
         return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
@@ -135,15 +173,32 @@ class Target:
     negative: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AlignedRows:
     """Rows as the model sees them.
 
-    matrix: (rows, columns) float64, no NaN. warnings: for each row what was filled or not recognised.
+    matrix: (rows, columns) float64, no NaN. filled: (rows, columns) bool, where the training mode stands for
+    a missing value. unseen: by row, the sentences about categories that training did not meet.
     """
 
     matrix: np.ndarray
-    warnings: tuple[tuple[str, ...], ...]
+    filled: np.ndarray
+    unseen: Mapping[int, Sequence[str]]
+    columns: Sequence[Column]
+
+    @cached_property
+    def warnings(self) -> list[list[str]]:
+        """What was filled or not recognised, for each row."""
+        modes = [f"{column.name}={column.mode}" for column in self.columns]
+        sentences: dict[bytes, list[str]] = {}  # many rows lack the same values
+        result = []
+        for index, row in enumerate(self.filled):
+            pattern = row.tobytes()
+            if pattern not in sentences:
+                names = ", ".join(modes[position] for position in np.flatnonzero(row))
+                sentences[pattern] = [f"missing, filled with the training mode: {names}"] if names else []
+            result.append([*sentences[pattern], *self.unseen.get(index, ())])
+        return result
 
 
 @dataclass(frozen=True)
@@ -151,15 +206,26 @@ class Schema:
     columns: tuple[Column, ...]
     target: Target
     identifier: str | None = None
-    dropped: tuple[str, ...] = field(default=())
+    dropped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise ValueError("the table has no feature column")
+        if len({*self.names, *self.ignored}) < len(self.names) + len(self.ignored):
+            raise ValueError("a column is listed twice")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Schema:
+        """What `as_dict` returned, after a way through JSON. Raises ValueError, TypeError or KeyError if damaged."""
+        target = data["target"]
         return cls(
-            columns=tuple(Column(c["name"], c["kind"], c["mode"], tuple(c["categories"])) for c in data["columns"]),
-            target=Target(**data["target"]),
-            identifier=data["identifier"],
-            dropped=tuple(data["dropped"]),
+            columns=tuple(
+                Column(_text(column["name"]), _text(column["kind"]), column["mode"], _texts(column["categories"]))
+                for column in data["columns"]
+            ),
+            target=Target(_text(target["name"]), _text(target["positive"]), _text(target["negative"])),
+            identifier=None if data["identifier"] is None else _text(data["identifier"]),
+            dropped=_texts(data["dropped"]),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -177,6 +243,10 @@ class Schema:
     @cached_property
     def _columns_by_name(self) -> dict[str, Column]:
         return {column.name: column for column in self.columns}
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return self.ignored.union(self.names)
 
     @cached_property
     def ignored(self) -> frozenset[str]:
@@ -207,24 +277,26 @@ class Schema:
     ) -> list[dict[str, Any]]:
         """Rows of text cells (a form, a CSV) as typed rows; cells spelled as in `missing` become None.
 
-        Unknown columns pass through untouched, for `align` to judge. Raises InputError.
+        Unknown columns, and what is no text, pass through untouched, for `align` to judge. Raises InputError.
         """
         problems: list[Problem] = []
         parsed = []
         for index, row in enumerate(rows):
-            typed: dict[str, Any] = {}
+            typed: dict[str, Any] = dict(row)
             for name, text in row.items():
                 column = self._columns_by_name.get(name)
-                if column is None:
-                    typed[name] = text
-                elif text.strip() in missing:
+                if not isinstance(text, str) or (column is None and name != self.identifier):
+                    continue
+                if text.strip() in missing:
                     typed[name] = None
-                else:
+                elif column is not None:
                     try:
                         typed[name] = column.parse(text)
                     except ValueError as error:
                         problems.append(Problem(name, str(error), index))
             parsed.append(typed)
+            if len(problems) > _PROBLEMS:
+                break
         if problems:
             raise InputError(problems)
         return parsed
@@ -236,52 +308,74 @@ class Schema:
         reported as warnings of their row. Raises InputError for an unknown column, a wrong type, NaN,
         infinity, and a row without any feature.
         """
-        problems = [problem for index, row in enumerate(rows) for problem in self._row_problems(index, row)]
+        problems: list[Problem] = []
+        for index, row in enumerate(rows):
+            problems += self._row_problems(index, row, suggest=len(problems) < _SUGGESTIONS)
+            if len(problems) > _PROBLEMS:
+                raise InputError(problems)
         rows = [row if isinstance(row, Mapping) else {} for row in rows]
-        matrix = np.empty((len(rows), len(self.columns)))
-        filled: list[list[str]] = [[] for _ in rows]
-        unseen: list[list[str]] = [[] for _ in rows]
-        for position, column in enumerate(self.columns):
-            fill = column.encode(column.mode)
-            for index, row in enumerate(rows):
-                value = row.get(column.name)
-                if value is None:
-                    matrix[index, position] = fill
-                    filled[index].append(f"{column.name}={column.mode}")
-                    continue
-                try:
-                    number = column.encode(value)
-                except ValueError as error:
-                    problems.append(Problem(column.name, str(error), index))
-                    continue
-                matrix[index, position] = number
-                if column.kind == CATEGORICAL and number == UNSEEN_CATEGORY:
-                    unseen[index].append(f"{column.name}: {_shown(value)} was not seen in training, scored as unknown")
+        return self._aligned(len(rows), ([row.get(name) for row in rows] for name in self.names), problems)
+
+    def align_table(self, frame: pd.DataFrame) -> AlignedRows:
+        """`align` for a table: NaN means missing, and what is wrong with a column's name is said once, of row 0."""
+        problems: list[Problem] = []
+        if len(frame):
+            problems += self._row_problems(0, dict.fromkeys(frame.columns))
+        for name in frame.columns[frame.columns.duplicated()].unique():
+            problems.append(Problem(str(name), f"{name} is the name of several columns"))
         if problems:
             raise InputError(problems)
-        warnings = tuple(
-            (("missing, filled with the training mode: " + ", ".join(names),) if names else ()) + tuple(unknown)
-            for names, unknown in zip(filled, unseen, strict=True)
-        )
-        return AlignedRows(matrix, warnings)
+        nothing = [None] * len(frame)
+        columns = (plain_values(frame[name]) if name in frame.columns else nothing for name in self.names)
+        return self._aligned(len(frame), columns, problems)
 
-    def _row_problems(self, index: int, row: Any) -> list[Problem]:
+    def _aligned(self, rows: int, columns: Iterable[Sequence[Any]], problems: list[Problem]) -> AlignedRows:
+        matrix = np.empty((rows, len(self.columns)))
+        unseen: dict[int, list[str]] = {}
+        for position, (column, values) in enumerate(zip(self.columns, columns, strict=True)):
+            matrix[:, position], found = column.encode_all(values)
+            problems += found
+            if len(problems) > _PROBLEMS:
+                break
+            if column.kind == CATEGORICAL:
+                for index in np.flatnonzero(matrix[:, position] == UNSEEN_CATEGORY).tolist():
+                    sentence = f"{column.name}: {_shown(values[index])} was not seen in training, scored as unknown"
+                    unseen.setdefault(index, []).append(sentence)
+        if problems:
+            raise InputError(problems)
+        filled = np.isnan(matrix)
+        np.copyto(matrix, self._encoded_modes, where=filled)
+        return AlignedRows(matrix, filled, unseen, self.columns)
+
+    @cached_property
+    def _encoded_modes(self) -> np.ndarray:
+        return np.array([column.encode(column.mode) for column in self.columns])
+
+    def _row_problems(self, index: int, row: Any, *, suggest: bool = True) -> list[Problem]:
         if not isinstance(row, Mapping):
             return [Problem(None, f"each customer is an object of column names and values, got {_shown(row)}", index)]
-        unknown = [name for name in row if name not in self._columns_by_name and name not in self.ignored]
-        if unknown:
+        if not row.keys() <= self._known:
+            unknown = islice((name for name in row if name not in self._known), _PROBLEMS)
             return [
-                Problem(str(name), self._unknown_column(name, suggest=count < _PROBLEMS_WITH_A_SUGGESTION), index)
+                Problem(_storable(name), self._unknown_column(name, suggest and count < _SUGGESTIONS), index)
                 for count, name in enumerate(unknown)
             ]
-        if not self.features_of(row):
-            return [Problem(None, f"no feature is given; send at least one of {', '.join(self.names[:20])}", index)]
+        if row.keys().isdisjoint(self._columns_by_name):
+            return [Problem(None, self._no_feature, index)]
         return []
 
-    def _unknown_column(self, name: Any, *, suggest: bool) -> str:
+    def _unknown_column(self, name: Any, suggest: bool) -> str:
         nearest = self.nearest(name) if suggest else None
-        remedy = f"did you mean {nearest}?" if nearest else f"columns are {', '.join(self.names[:20])}"
+        remedy = f"did you mean {nearest}?" if nearest else f"columns are {self._first_names}"
         return f"{_shown(name)} is not a column of this model; {remedy}"
+
+    @cached_property
+    def _first_names(self) -> str:
+        return ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
+
+    @cached_property
+    def _no_feature(self) -> str:
+        return f"no feature is given; send at least one of {self._first_names}"
 
     def nearest(self, name: Any) -> str | None:
         """The feature column whose name looks most like `name`, if any does."""
@@ -302,18 +396,21 @@ def learn_schema(
     positive: the target's value that means "retained", as text; by default 1, true or yes.
     Raises TableError, which names the column and the remedy.
     """
-    for name, option in [(target, "--target"), *([(identifier, "--id")] if identifier else [])]:
+    for name in frame.columns:
+        if not isinstance(name, str) or not name.strip():
+            raise TableError(f"A column is named {_shown(name)}; name it with a word, or delete it.")
+    for name in frame.columns[frame.columns.duplicated()]:
+        raise TableError(f"Two columns are named {name}; rename or delete one of them.")
+    named = [(target, "--target"), *((name, "--drop") for name in drop)]
+    for name, option in [*named, (identifier, "--id")] if identifier else named:
         if name not in frame.columns:
             raise TableError(_no_such_column(name, option, frame.columns))
-    for name in drop:
-        if name not in frame.columns:
-            raise TableError(_no_such_column(name, "--drop", frame.columns))
     learned_target = _learn_target(frame[target], positive)
     features = [name for name in frame.columns if name not in {target, identifier, *drop}]
     if not features:
         raise TableError("The table has no feature columns besides the target, the identifier and what is dropped.")
     return Schema(
-        columns=tuple(_learn_column(name, frame[name]) for name in features),
+        columns=tuple(_learn_column(str(name), frame[name]) for name in features),
         target=learned_target,
         identifier=identifier,
         dropped=tuple(drop),
@@ -325,13 +422,18 @@ def outcomes(frame: pd.DataFrame, target: Target) -> np.ndarray:
     return (frame[target.name].map(spelled) == target.positive).to_numpy(dtype=np.int64)
 
 
+def plain_values(column: pd.Series) -> list[Any]:
+    """A table's column as plain values, None where it is missing."""
+    missing = column.isna()
+    if not missing.any():
+        return column.tolist()
+    return [None if gone else value for value, gone in zip(column.tolist(), missing.tolist(), strict=True)]
+
+
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """A table as rows of plain values, None where it is missing."""
-    columns = {
-        name: [None if gone else value for value, gone in zip(column.tolist(), column.isna(), strict=True)]
-        for name, column in frame.items()
-    }
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    columns = [plain_values(column) for _, column in frame.items()]
+    return [dict(zip(frame.columns, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def spelled(value: Any) -> str:
@@ -368,17 +470,21 @@ def _learn_target(column: pd.Series, positive: str | None) -> Target:
     return Target(str(column.name), positive, negative)
 
 
-def _learn_column(name: Any, column: pd.Series) -> Column:
+def _learn_column(name: str, column: pd.Series) -> Column:
     from pandas.api import types
 
     remedy = f"leave it out with --drop {name}"
+    dates = TableError(f"Column {name} holds dates; turn it into a number (days since ...) or {remedy}.")
     present = column.dropna()
     if present.empty:
         raise TableError(f"Column {name} is empty in every row; {remedy}.")
     if types.is_datetime64_any_dtype(present):
-        raise TableError(f"Column {name} holds dates; turn it into a number (days since ...) or {remedy}.")
+        raise dates
     if types.is_bool_dtype(present) or all(isinstance(value, bool) for value in present):
-        return Column(str(name), BOOLEAN, bool(present.mode().iloc[0]))
+        return Column(name, BOOLEAN, bool(present.mode().iloc[0]))
+    if present.dtype == object and all(isinstance(value, Real) for value in present):
+        # pandas keeps integers beyond 64 bits as Python's; one that is too large for a float counts as infinite.
+        present = present.map(lambda value: float(value) if abs(value) <= LARGEST_NUMBER else math.inf)
     if types.is_numeric_dtype(present) and not types.is_complex_dtype(present):
         infinite = int((present.astype(float).abs() > LARGEST_NUMBER).sum())
         if infinite:
@@ -387,18 +493,29 @@ def _learn_column(name: Any, column: pd.Series) -> Column:
                 f"correct them, leave them empty, or {remedy}."
             )
         mode = present.mode().iloc[0].item()
-        return Column(str(name), NUMERIC, int(mode) if float(mode).is_integer() and abs(mode) < 2**53 else mode)
+        return Column(name, NUMERIC, int(mode) if float(mode).is_integer() and abs(mode) < 2**53 else mode)
     if not all(isinstance(value, str) for value in present):
-        raise TableError(f"Column {name} mixes numbers, text or other types; make them one type, or {remedy}.")
-    categories = sorted(present.unique())
-    if all(_FULL_DATE.fullmatch(category) for category in categories[:MAX_CATEGORIES]):
-        raise TableError(f"Column {name} holds dates; turn it into a number (days since ...) or {remedy}.")
-    if len(categories) > MAX_CATEGORIES or (len(categories) > 50 and len(categories) > len(present) / 2):
+        kinds = ", ".join(sorted({type(value).__name__ for value in present}))
         raise TableError(
-            f"Column {name} is text with {len(categories):,} different values. If it is the customer's identifier, "
-            f"say --id {name}; else group its values, or {remedy}."
+            f"Column {name} holds values of type {kinds}; make them all numbers, text, or true and false, or {remedy}."
         )
-    return Column(str(name), CATEGORICAL, str(present.mode().iloc[0]), tuple(categories))
+    categories = sorted(present.unique())
+    if sum(bool(_FULL_DATE.fullmatch(category)) for category in categories) > len(categories) / 2:
+        raise dates
+    if any(_UNSTORABLE.search(category) for category in categories):
+        raise TableError(f"Column {name} holds a NUL character or half a surrogate pair; correct it, or {remedy}.")
+    if len(categories) > MAX_CATEGORIES or (len(categories) > 50 and len(categories) > len(present) / 2):
+        text = [category for category in categories if _number(category) is None]
+        if 0 < len(text) < len(categories) / 2:
+            raise TableError(
+                f"Column {name} holds numbers, but also text such as {_shown(text[0])}; "
+                f"correct those cells, leave them empty, or {remedy}."
+            )
+        raise TableError(
+            f"Column {name} is text with {len(categories):,} different values, such as {_shown(categories[0])}. "
+            f"If it is the customer's identifier, say --id {name}; else group its values, or {remedy}."
+        )
+    return Column(name, CATEGORICAL, str(present.mode().iloc[0]), tuple(categories))
 
 
 def _no_such_column(name: str, option: str, columns: Iterable[Any]) -> str:
@@ -408,6 +525,37 @@ def _no_such_column(name: str, option: str, columns: Iterable[Any]) -> str:
     return f"The table has no column {name} ({option}); {hint}"
 
 
+def _number(text: str) -> float | None:
+    """The number that a text spells, if it spells one, as pandas reads a file: not 1_000, no foreign digits."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else None
+    except ValueError:
+        return None
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
+    if isinstance(value, str):
+        value = value[:60]
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _storable(name: Any) -> str:
+    """A name that a client made up, fit to be sent back."""
+    text = str(name)
+    return _shown(text) if _UNSTORABLE.search(text) or len(text) > 100 else text
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or _UNSTORABLE.search(value):
+        raise TypeError(f"{_shown(value)} is not text")
+    return value
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{_shown(values)} is not a list")
+    return tuple(_text(value) for value in values)

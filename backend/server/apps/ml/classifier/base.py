@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apps.ml.artifacts import ArtifactError, default_artifacts_dir, newest_run, open_run
-from apps.ml.schema import AlignedRows, rows_of
+from apps.ml.schema import AlignedRows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,17 +58,32 @@ class RetentionClassifier:
             model = self.run.load_model(self.filename)
             if list(getattr(model, "classes_", [])) != [0, 1] or not hasattr(model, "predict_proba"):
                 raise ArtifactError(f"{self.filename} of training run {self.version} is no two-class classifier.")
+            expected = getattr(model, "n_features_in_", None)
+            if expected != len(self.schema.columns):
+                raise ArtifactError(
+                    f"{self.filename} of training run {self.version} was trained on {expected} columns, "
+                    f"but the manifest lists {len(self.schema.columns)}."
+                )
+            if hasattr(model, "n_jobs"):
+                model.n_jobs = 1  # several threads would add up the trees in no fixed order
             self._model = model
 
     def preprocessing(self, input_data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | pd.DataFrame) -> AlignedRows:
         """One customer or many, checked and aligned. Raises InputError."""
-        return self.schema.align(_rows(input_data))
+        if isinstance(input_data, Mapping):
+            return self.schema.align([input_data])
+        if hasattr(input_data, "columns"):
+            return self.schema.align_table(input_data)
+        if isinstance(input_data, Sequence) and not isinstance(input_data, (str, bytes)):
+            return self.schema.align(input_data)
+        return self.schema.align([input_data])
 
     def predict(self, input_data: AlignedRows | np.ndarray) -> np.ndarray:
         """(rows, 2) float: the probabilities of leaving and of staying. Raises ArtifactError."""
-        if self._model is None:
-            self.load()
         matrix = input_data.matrix if isinstance(input_data, AlignedRows) else np.asarray(input_data)
+        if not len(matrix):
+            return np.empty((0, 2))
+        self.load()
         return self._model.predict_proba(matrix)
 
     def postprocessing(self, prediction: np.ndarray) -> dict[str, Any]:
@@ -85,18 +100,8 @@ class RetentionClassifier:
         were filled or not recognised. Raises InputError for bad input, ArtifactError for a bad model.
         """
         aligned = self.preprocessing(input_data)
-        answers = [self.postprocessing(row) for row in self.predict(aligned)] if len(aligned.matrix) else []
+        answers = [self.postprocessing(row) for row in self.predict(aligned)]
         for answer, warnings in zip(answers, aligned.warnings, strict=True):
             if warnings:
-                answer["warnings"] = list(warnings)
+                answer["warnings"] = warnings
         return answers[0] if isinstance(input_data, Mapping) else answers
-
-
-def _rows(input_data: Any) -> Sequence[Mapping[str, Any]]:
-    if isinstance(input_data, Mapping):
-        return [input_data]
-    if isinstance(input_data, Sequence) and not isinstance(input_data, (str, bytes)):
-        return input_data
-    if hasattr(input_data, "to_numpy"):
-        return rows_of(input_data)
-    return [input_data]
