@@ -44,9 +44,9 @@ class NoTrainingRun(ArtifactError):
 
 
 def default_artifacts_dir() -> Path:
-    """`ML_ARTIFACTS_DIR` of the environment, else `research/artifacts` of this repository."""
-    named = os.environ.get("ML_ARTIFACTS_DIR")
-    return Path(named).expanduser().resolve() if named else Path(__file__).resolve().parents[4] / "research/artifacts"
+    """`ML_ARTIFACTS_DIR` of the environment, else `research/artifacts`; relative to the top of this repository."""
+    named = os.environ.get("ML_ARTIFACTS_DIR") or "research/artifacts"
+    return (Path(__file__).resolve().parents[4] / Path(named).expanduser()).resolve()
 
 
 class TrainingRun:
@@ -58,15 +58,23 @@ class TrainingRun:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         try:
-            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            text = (self.folder / MANIFEST).read_text(encoding="utf-8")
+            self.manifest: dict[str, Any] = json.loads(text, parse_constant=_refuse_constant)
+            _check_kinds(self.manifest)
             self.version: str = self.manifest["version"]
             self.trained_at = datetime.fromisoformat(self.manifest["trained_at"])
+            if self.trained_at.tzinfo is None:
+                raise ValueError("trained_at has no time zone")
             self.schema = Schema.from_dict(self.manifest["schema"])
             self._sha256: dict[str, str] = {name: file["sha256"] for name, file in self.manifest["files"].items()}
         except FileNotFoundError:
             raise ArtifactError(f"There is no training run in {self.folder}.") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"The manifest of {self.folder} is damaged: {error!r}.") from error
+        if self.version != self.folder.name:
+            raise ArtifactError(
+                f"The folder {self.folder} holds version {self.version}; a run's folder is named as its version."
+            )
 
     def __contains__(self, filename: str) -> bool:
         return filename in self._sha256
@@ -104,24 +112,45 @@ class TrainingRun:
 
     def require_same_libraries(self) -> None:
         """Raise ArtifactError unless scikit-learn is the version that trained; warn of other differences."""
-        for library, trained_with in self.manifest.get("libraries", {}).items():
+        for library, trained_with in {"scikit-learn": None, **self.manifest.get("libraries", {})}.items():
             running = _installed_version(library)
-            if running == trained_with:
-                continue
-            if library == "scikit-learn":
+            if library == "scikit-learn" and (running is None or running != trained_with):
                 raise ArtifactError(
-                    f"Training run {self.version} was made with scikit-learn {trained_with}, "
-                    f"this is {running}: install that version, or train again."
+                    f"Training run {self.version} was made with scikit-learn {trained_with or '(not recorded)'}, "
+                    f"this is {running or 'not installed'}: install that version, or train again."
                 )
-            logger.warning(
-                "Training run %s was made with %s %s; this is %s", self.version, library, trained_with, running
-            )
+            if running != trained_with:
+                logger.warning(
+                    "Training run %s was made with %s %s; this is %s", self.version, library, trained_with, running
+                )
 
     @cached_property
     def training_customers(self) -> frozenset[str]:
         """The keys of the customers whom the models learned from; empty for a table without identifier."""
         filename = self.manifest.get("training_customers")
         return frozenset(self.read(filename).decode().splitlines()) if filename else frozenset()
+
+
+def _check_kinds(manifest: Mapping[str, Any]) -> None:
+    """Raise unless what others read of a manifest has the form in which training writes it."""
+
+    def require(value: Any, kind: type | tuple[type, ...], what: str) -> None:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{what} is not what it should be")
+
+    require(manifest, dict, "the manifest")
+    for name in ("version", "trained_at"):
+        require(manifest[name], str, name)
+    for name, kind in {"libraries": dict, "metrics": dict, "samples": list}.items():
+        require(manifest.get(name, kind()), kind, name)
+    require(manifest.get("training_customers"), (str, type(None)), "training_customers")
+    for name, file in manifest["files"].items():
+        require(file["sha256"], str, f"the hash of {name}")
+    for model, scores in manifest.get("metrics", {}).items():
+        for metric, score in scores.items():
+            require(score["value"], (int, float), f"{metric} of {model}")
+    for sample in manifest.get("samples", []):
+        require(sample["row"], dict, "a sample")
 
 
 def training_runs(directory: Path) -> list[TrainingRun]:
@@ -187,10 +216,14 @@ def write_run(directory: Path, version: str, files: Mapping[str, Any], manifest:
         complete = {"version": version, **manifest, "files": described}
         _write_durably(working / MANIFEST, (json.dumps(complete, indent=2) + "\n").encode())
         working.chmod(0o755)
+        _sync_folder(working)
         try:
             working.rename(final)
         except OSError:
+            if not final.exists():
+                raise
             raise ArtifactError(f"Version {version} was written by another process meanwhile.") from None
+        _sync_folder(directory)
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return TrainingRun(final)
@@ -220,3 +253,17 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a folder's entries survive a power cut, where the system knows how (Windows does not)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
