@@ -112,13 +112,16 @@ class MLRegistry:
                 classifier = self.endpoints.get(algorithm.pk) or self._construct(algorithm)
                 self._keep(algorithm, classifier)
         registered = (algorithm.artifact_sha256, algorithm.schema_sha256)
-        if (classifier.artifact_sha256, classifier.schema.sha256) != registered:
-            self.endpoints.pop(algorithm.pk, None)  # so that a repaired artifact is found without a restart
-            raise ArtifactError(
-                f"The artifact of {algorithm} is not the one that was registered: "
-                "restore it, or retire the algorithm and register a new version."
-            )
-        classifier.load()
+        try:
+            if (classifier.artifact_sha256, classifier.schema.sha256) != registered:
+                raise ArtifactError(
+                    f"The artifact of {algorithm} is not the one that was registered: "
+                    "restore it, or retire the algorithm and register a new version."
+                )
+            classifier.load()
+        except ArtifactError:
+            self.endpoints.pop(algorithm.pk, None)  # so that a repaired run is found without a restart
+            raise
         return classifier
 
     def warm(self) -> dict[MLAlgorithm, ArtifactError]:
@@ -134,8 +137,8 @@ class MLRegistry:
 
     def unload_all_but(self, endpoint_id: int, served: Iterable[int]) -> None:
         """Let go of an endpoint's classifiers that are served no longer."""
-        for algorithm_id in [pk for pk, endpoint in self._endpoint_of.items() if endpoint == endpoint_id]:
-            if algorithm_id not in served:
+        for algorithm_id, endpoint in list(self._endpoint_of.items()):  # a copy: other threads load meanwhile
+            if endpoint == endpoint_id and algorithm_id not in served:
                 self.endpoints.pop(algorithm_id, None)
                 self._endpoint_of.pop(algorithm_id, None)
 
