@@ -357,7 +357,7 @@ class Schema:
         if not row.keys() <= self._known:
             unknown = islice((name for name in row if name not in self._known), _PROBLEMS)
             return [
-                Problem(_storable(name), self._unknown_column(name, suggest and count < _SUGGESTIONS), index)
+                Problem(str(name), self._unknown_column(name, suggest and count < _SUGGESTIONS), index)
                 for count, name in enumerate(unknown)
             ]
         if row.keys().isdisjoint(self._columns_by_name):
@@ -541,12 +541,6 @@ def _shown(value: Any) -> str:
     except ValueError:  # an integer of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _storable(name: Any) -> str:
-    """A name that a client made up, fit to be sent back."""
-    text = str(name)
-    return _shown(text) if _UNSTORABLE.search(text) or len(text) > 100 else text
 
 
 def _text(value: Any) -> str:
