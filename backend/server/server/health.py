@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from django.db import DatabaseError, connection
 from django.db.migrations.executor import MigrationExecutor
 from django.http import HttpRequest, JsonResponse
 from django.views.decorators.http import require_safe
 
 from apps.endpoints import prediction
+from apps.endpoints.models import MLAlgorithm
 from apps.ml.artifacts import HOW_TO_TRAIN
+
+logger = logging.getLogger(__name__)
 
 
 @require_safe
@@ -26,19 +31,28 @@ def readyz(request: HttpRequest) -> JsonResponse:
         if pending:
             return _not_ready(f"{len(pending)} migrations are pending. Apply them with `python manage.py migrate`.")
         algorithms = prediction.availability()
+        if not algorithms:
+            registered = MLAlgorithm.objects.exists()
+            return _not_ready(
+                "Every algorithm is retired; promote one."
+                if registered
+                else f"No model has been trained yet. {HOW_TO_TRAIN}"
+            )
     except DatabaseError as error:
-        return _not_ready(f"The database does not answer: {str(error).strip()}")
-    if not algorithms:
-        return _not_ready(f"No model has been trained yet. {HOW_TO_TRAIN}")
+        # Whoever may probe need not learn the database's address; the log tells it.
+        logger.error("The database does not answer: %s", str(error).strip())
+        return _not_ready("The database does not answer; the log says why.")
     degraded = [f"{a.endpoint}: {a.reason}" for a in algorithms if a.reason]
     endpoints = {a.endpoint for a in algorithms}
     producing = {a.endpoint for a in algorithms if a.in_production and not a.reason}
     degraded += [f"{name}: no production algorithm can answer." for name in sorted(endpoints - producing)]
     if not producing:
         return _not_ready(*degraded)
-    ready = {"status": "degraded", "degraded": degraded} if degraded else {"status": "ready"}
-    return JsonResponse(ready)
+    return JsonResponse({"status": "degraded", "degraded": degraded} if degraded else {"status": "ready"})
 
 
 def _not_ready(*reasons: str) -> JsonResponse:
     return JsonResponse({"status": "Error", "message": " ".join(reasons)}, status=503)
+
+
+CHECKS = {"/livez": livez, "/readyz": readyz}

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import time
-from collections.abc import Callable
-from urllib.parse import urlsplit
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
 
 import structlog
 from django.conf import settings
+from django.contrib.admindocs.views import simplify_regex
 from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse, JsonResponse
+
+from server import health
 
 log = structlog.get_logger("requests")
 
 Handler = Callable[[HttpRequest], HttpResponse]
+
+_FORWARDED_FOR = re.compile(r'for="?\[?([^;,"\]]*)', re.IGNORECASE)
+
+
+def _error(status: int, message: str) -> JsonResponse:
+    return JsonResponse({"status": "Error", "message": message}, status=status)
 
 
 class RequestLog:
@@ -29,11 +39,58 @@ class RequestLog:
         log.info(
             "request",
             method=request.method,
-            path=request.path,
+            path=_loggable_path(request, response),
             status=response.status_code,
             ms=round((time.perf_counter() - began) * 1000, 1),
         )
         return response
+
+
+def _loggable_path(request: HttpRequest, response: HttpResponse) -> str:
+    """The path where it led to an answer; else the pattern that it fitted, since a wrong path may name a customer."""
+    if response.status_code < 300:
+        return request.path
+    return simplify_regex(request.resolver_match.route) if request.resolver_match else "(no such address)"
+
+
+class JsonErrors:
+    """Errors are JSON wherever Django would show a page of its own, in development too; the admin keeps its pages."""
+
+    def __init__(self, get_response: Handler):
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        response = self.get_response(request)
+        is_json = response.get("Content-Type", "").startswith("application/json")
+        if response.status_code < 400 or is_json or request.path.startswith("/admin/"):
+            return response
+        answer = _error(response.status_code, self._message(request, response))
+        if response.has_header("Allow"):
+            answer["Allow"] = response["Allow"]
+        return answer
+
+    def _message(self, request: HttpRequest, response: HttpResponse) -> str:
+        match response.status_code:
+            case 404:
+                hint = " Addresses have no trailing slash." if request.path.endswith("/") else ""
+                return f"There is nothing at {request.path}.{hint} The API is described at /api/docs."
+            case 405:
+                return f"{request.method} is not possible here, but {response.get('Allow', 'another method')} is."
+            case 400:
+                return "The request is malformed." if _host(request) else _UNKNOWN_HOST
+            case 500:
+                return "The server failed; its log says why."
+        return f"{HTTPStatus(response.status_code).phrase}."
+
+
+_UNKNOWN_HOST = "This server is not known by the name in the Host header; its setting ALLOWED_HOSTS lists those it has."
+
+
+def _host(request: HttpRequest) -> str | None:
+    try:
+        return request.get_host()
+    except DisallowedHost:
+        return None
 
 
 class LoopbackOnly:
@@ -48,31 +105,50 @@ class LoopbackOnly:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         refusal = _refusal(request) if settings.DEBUG else None
-        if refusal:
-            return JsonResponse({"status": "Error", "message": refusal}, status=403)
-        return self.get_response(request)
+        return _error(403, refusal) if refusal else self.get_response(request)
 
 
 def _refusal(request: HttpRequest) -> str | None:
-    forwarded = request.headers.get("X-Forwarded-For", "")
-    addresses = [request.META.get("REMOTE_ADDR", ""), *(part for part in forwarded.split(",") if part.strip())]
-    if not all(_is_loopback(address) for address in addresses):
+    if not all(_is_loopback(address) for address in _addresses(request)):
         return "DEBUG=1 answers this machine only. Set DEBUG=0 and the production settings to serve others."
-    try:
-        host = request.get_host()
-    except DisallowedHost:
+    host = _host(request)
+    if host is None:
         return "DEBUG=1 answers to the names localhost and 127.0.0.1 only."
-    if request.headers.get("Sec-Fetch-Mode") == "navigate" and request.method in {"GET", "HEAD"}:
+    is_link = (
+        request.headers.get("Sec-Fetch-Mode") == "navigate" and request.headers.get("Sec-Fetch-Dest") == "document"
+    )
+    if is_link and request.method in {"GET", "HEAD"}:
         return None
-    origin = request.headers.get("Origin")
-    from_elsewhere = origin is not None and urlsplit(origin).netloc != host
-    if from_elsewhere or request.headers.get("Sec-Fetch-Site") in {"cross-site", "same-site"}:
+    from_elsewhere = request.headers.get("Origin", f"http://{host}") not in {f"http://{host}", f"https://{host}"}
+    if from_elsewhere or request.headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}:
         return "DEBUG=1 refuses requests from another site's page."
     return None
 
 
+def _addresses(request: HttpRequest) -> Iterator[str]:
+    """Whoever sent the request, and whoever proxies say they sent it for."""
+    yield request.META.get("REMOTE_ADDR", "")
+    for name in ("X-Forwarded-For", "X-Real-IP"):
+        if name in request.headers:
+            yield from request.headers[name].split(",")
+    if "Forwarded" in request.headers:
+        yield from _FORWARDED_FOR.findall(request.headers["Forwarded"]) or [""]
+
+
 def _is_loopback(address: str) -> bool:
     try:
-        return ipaddress.ip_address(address.strip()).is_loopback
+        parsed = ipaddress.ip_address(address.strip())
     except ValueError:
         return False
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+class HealthChecks:
+    """Answers probes before names, TLS and sessions are looked at: they come by address and over plain HTTP."""
+
+    def __init__(self, get_response: Handler):
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        check = health.CHECKS.get(request.path_info)
+        return check(request) if check else self.get_response(request)

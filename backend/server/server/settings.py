@@ -3,36 +3,34 @@
 from pathlib import Path
 
 import environ
-import structlog
 from django.core.exceptions import ImproperlyConfigured
 
 from apps.ml.artifacts import default_artifacts_dir
+from server import environment as env
+from server import logs
 
 BASE_DIR = Path(__file__).resolve().parents[1]
-REPOSITORY = BASE_DIR.parents[1]
-
-env = environ.Env()
-env.read_env(REPOSITORY / ".env")
+environ.Env.read_env(env.REPOSITORY / ".env")
 
 # --- Who may ask ------------------------------------------------------------------------------------------
 # With DEBUG the API is open, and for that reason refuses everyone but this machine (server.middleware).
-DEBUG = env.bool("DEBUG", default=True)
-SECRET_KEY = env.str("SECRET_KEY", default="")
-if not SECRET_KEY:
-    if not DEBUG:
-        raise ImproperlyConfigured(
-            "SECRET_KEY is required when DEBUG is off. Make one with: "
-            "python -c 'import secrets; print(secrets.token_urlsafe(50))'"
-        )
-    SECRET_KEY = "development-only-and-refused-without-debug"
-ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
-CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
+DEBUG = env.flag("DEBUG", default=True)
+DEVELOPMENT_KEY = "development-only-and-refused-without-debug"
+SECRET_KEY = env.text("SECRET_KEY", default=DEVELOPMENT_KEY if DEBUG else "")
+if not DEBUG and SECRET_KEY in {"", DEVELOPMENT_KEY}:
+    raise ImproperlyConfigured(
+        "SECRET_KEY is required when DEBUG is off. Make one with: "
+        "python -c 'import secrets; print(secrets.token_urlsafe(50))'"
+    )
+# In development Django then answers to localhost and 127.0.0.1 only, which keeps other sites' names out.
+ALLOWED_HOSTS = [] if DEBUG else env.words("ALLOWED_HOSTS")
+CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
 
 # --- The product ------------------------------------------------------------------------------------------
 ML_ARTIFACTS_DIR = default_artifacts_dir()
-PREDICT_DEFAULT_STATUS = env.str("PREDICT_DEFAULT_STATUS", default="testing")
-MAX_BODY_BYTES = env.int("MAX_BODY_BYTES", default=10 * 2**20)
-MAX_UPLOAD_BYTES = env.int("MAX_UPLOAD_BYTES", default=100 * 2**20)
+PREDICT_DEFAULT_STATUS = env.text("PREDICT_DEFAULT_STATUS", "testing", choices=("testing", "staging", "production"))
+MAX_BODY_BYTES = env.number("MAX_BODY_BYTES", default=10 * 2**20)
+MAX_UPLOAD_BYTES = env.number("MAX_UPLOAD_BYTES", default=100 * 2**20)
 
 # --- Django -----------------------------------------------------------------------------------------------
 INSTALLED_APPS = [
@@ -54,7 +52,9 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     "server.middleware.RequestLog",
+    "server.middleware.JsonErrors",
     "server.middleware.LoopbackOnly",
+    "server.middleware.HealthChecks",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -90,30 +90,30 @@ AUTH_PASSWORD_VALIDATORS = [
     )
 ]
 LANGUAGE_CODE = "en-us"
-TIME_ZONE = env.str("TIME_ZONE", default="UTC")
+FORMAT_MODULE_PATH = "server.formats"
+TIME_ZONE = env.time_zone("TIME_ZONE", default="UTC")
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # --- Database ---------------------------------------------------------------------------------------------
-DATABASES = {"default": env.db("DATABASE_URL", default=f"sqlite:///{BASE_DIR / 'db.sqlite3'}")}
+DATABASES = {"default": env.database("DATABASE_URL", default=BASE_DIR / "db.sqlite3")}
 _database = DATABASES["default"]
 if _database["ENGINE"] == "django.db.backends.sqlite3":
-    _synchronous = env.str("SQLITE_SYNCHRONOUS", default="NORMAL").upper()
-    if _synchronous not in {"NORMAL", "FULL", "EXTRA"}:
-        raise ImproperlyConfigured("SQLITE_SYNCHRONOUS must be NORMAL, FULL or EXTRA.")
+    _synchronous = env.text("SQLITE_SYNCHRONOUS", "NORMAL", choices=("NORMAL", "FULL", "EXTRA"))
     # Immediate transactions queue up for the write lock instead of failing when they need it half-way.
     _database["OPTIONS"] = {
         "timeout": 20,
         "transaction_mode": "IMMEDIATE",
         "init_command": f"PRAGMA journal_mode=WAL; PRAGMA synchronous={_synchronous};",
+        **_database.get("OPTIONS", {}),
     }
 else:
-    _database["CONN_MAX_AGE"] = env.int("CONN_MAX_AGE", default=60)
+    _database.setdefault("CONN_MAX_AGE", env.number("CONN_MAX_AGE", default=60, least=0))
     _database["CONN_HEALTH_CHECKS"] = True
 
 # --- REST -------------------------------------------------------------------------------------------------
 REST_FRAMEWORK = {
-    "DEFAULT_AUTHENTICATION_CLASSES": ["knox.auth.TokenAuthentication"],
+    "DEFAULT_AUTHENTICATION_CLASSES": ["apps.endpoints.permissions.TokenAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["apps.endpoints.permissions.TokenUnlessDebug"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_PARSER_CLASSES": [
@@ -151,7 +151,7 @@ SPECTACULAR_SETTINGS = {
 
 # --- Static files and TLS ---------------------------------------------------------------------------------
 STATIC_URL = "/static/"
-STATIC_ROOT = env.path("STATIC_ROOT", default=str(BASE_DIR / "staticfiles"))()
+STATIC_ROOT = env.path("STATIC_ROOT", default=BASE_DIR / "staticfiles")
 WHITENOISE_USE_FINDERS = DEBUG
 WHITENOISE_AUTOREFRESH = DEBUG
 STORAGES = {
@@ -163,58 +163,33 @@ STORAGES = {
     },
 }
 DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
-SECURE_SSL_REDIRECT = env.bool("SECURE_SSL_REDIRECT", default=not DEBUG)
-SECURE_REDIRECT_EXEMPT = [r"^livez$", r"^readyz$"]
-SECURE_HSTS_SECONDS = env.int("SECURE_HSTS_SECONDS", default=0 if DEBUG else 365 * 24 * 3600)
-SECURE_HSTS_INCLUDE_SUBDOMAINS = env.bool("SECURE_HSTS_INCLUDE_SUBDOMAINS", default=not DEBUG)
-SECURE_HSTS_PRELOAD = env.bool("SECURE_HSTS_PRELOAD", default=not DEBUG)
-SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = env.bool("SECURE_COOKIES", default=not DEBUG)
-if env.bool("BEHIND_TLS_PROXY", default=False):
+SECURE_SSL_REDIRECT = env.flag("SECURE_SSL_REDIRECT", default=not DEBUG)
+SECURE_HSTS_SECONDS = env.number("SECURE_HSTS_SECONDS", default=0 if DEBUG else 365 * 24 * 3600, least=0)
+SECURE_HSTS_INCLUDE_SUBDOMAINS = env.flag("SECURE_HSTS_INCLUDE_SUBDOMAINS", default=not DEBUG)
+SECURE_HSTS_PRELOAD = env.flag("SECURE_HSTS_PRELOAD", default=not DEBUG)
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = env.flag("SECURE_COOKIES", default=not DEBUG)
+if env.flag("BEHIND_TLS_PROXY", default=False):
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 
 # --- Logs -------------------------------------------------------------------------------------------------
-LOG_LEVEL = env.str("LOG_LEVEL", default="INFO").upper()
-LOG_FORMAT = env.str("LOG_FORMAT", default="console" if DEBUG else "json")
-if LOG_FORMAT not in {"console", "json"}:
-    raise ImproperlyConfigured("LOG_FORMAT must be console or json.")
-_log_processors = [
-    structlog.contextvars.merge_contextvars,
-    structlog.stdlib.add_log_level,
-    structlog.stdlib.add_logger_name,
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
-]
-structlog.configure(
-    processors=[
-        *_log_processors,
-        structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-    ],
-    logger_factory=structlog.stdlib.LoggerFactory(),
-    cache_logger_on_first_use=True,
-)
+LOG_LEVEL = env.text("LOG_LEVEL", "INFO", choices=logs.LEVELS)
+LOG_FORMAT = env.text("LOG_FORMAT", default="console" if DEBUG else "json", choices=logs.FORMATS)
+logs.configure()
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {
-        "structured": {
-            "()": structlog.stdlib.ProcessorFormatter,
-            "foreign_pre_chain": [*_log_processors, structlog.stdlib.PositionalArgumentsFormatter()],
-            "processors": [
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *(
-                    [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-                    if LOG_FORMAT == "json"
-                    else [structlog.dev.ConsoleRenderer(colors=False)]
-                ),
-            ],
-        },
-    },
+    "formatters": {"structured": {"()": logs.formatter, "kind": LOG_FORMAT}},
+    "filters": {"failures": {"()": "django.utils.log.CallbackFilter", "callback": lambda record: record.exc_info}},
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structured"}},
     "root": {"handlers": ["console"], "level": LOG_LEVEL},
     "loggers": {
         "django": {"handlers": [], "level": LOG_LEVEL, "propagate": True},
-        # Our own line per request replaces these.
+        # Our own line per request replaces these; what an unforeseen failure's traceback says remains.
         "django.server": {"handlers": [], "level": "WARNING", "propagate": True},
-        "django.request": {"level": "ERROR"},
+        "django.request": {"level": "ERROR", "filters": ["failures"]},
+        "django.security.DisallowedHost": {"level": "CRITICAL"},
+        # SQL would show customers.
+        "django.db.backends": {"level": "INFO"},
     },
 }
 
