@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.inspection import permutation_importance
 
 import evaluation
 import report
@@ -189,6 +190,17 @@ def test_shuffling_hurts_where_the_model_leans(trained):
 
 def test_a_part_of_many_customers_is_enough_to_see_what_matters(trained, monkeypatch):
     _, parts, fitted = trained
-    monkeypatch.setattr(report, "MOST_SHUFFLED", 60)
+    monkeypatch.setattr(report, "MOST_CELLS", 180)
+    monkeypatch.setattr(report, "FEWEST_SHUFFLED", 10)
     fall = report.shuffled_importance(fitted, parts)["random_forest"]
     assert parts.schema.names[fall.mean(axis=1).argmax()] == "Visits"
+
+
+def test_importance_is_scikit_learns_but_for_the_draws(trained):
+    _, parts, fitted = trained
+    ours = report.shuffled_importance(fitted, parts)
+    for key, one in fitted.items():
+        theirs = permutation_importance(
+            one.model, parts.test_matrix, parts.test_outcome, scoring="roc_auc", n_repeats=50, random_state=0
+        )
+        assert ours[key].mean(axis=1) == pytest.approx(theirs.importances_mean, abs=0.03)
