@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -11,6 +12,8 @@ from django.db.models import Count, F, Q
 
 from apps.endpoints import lifecycle
 from apps.endpoints.models import ABTest, MLAlgorithm, MLRequest, Status
+from apps.ml.artifacts import ArtifactError
+from apps.ml.registry import registry
 
 
 class ABTestError(Exception):
@@ -56,6 +59,10 @@ def start(title: str, first: MLAlgorithm, second: MLAlgorithm, *, by: str, now: 
         for algorithm in (first, second):
             if not algorithm.statuses.served().exists():
                 raise ABTestError(f"{algorithm} is retired; give it another status before it is tested.")
+            try:
+                registry.get(algorithm)
+            except ArtifactError as error:
+                raise ABTestError(f"{algorithm} cannot answer a test's requests: {error}") from error
         holder = lifecycle.in_production(endpoint.pk)
         test = ABTest.objects.create(
             title=title,
@@ -71,25 +78,31 @@ def start(title: str, first: MLAlgorithm, second: MLAlgorithm, *, by: str, now: 
     return test
 
 
-def choose_arm(test: ABTest) -> int:
-    """The id of the algorithm that answers the next request: either, with equal chance."""
-    return random.choice(test.arm_ids)
+def choose_arm(algorithms: Sequence[MLAlgorithm]) -> MLAlgorithm:
+    """Which of a test's algorithms answers the next request: any, with equal chance."""
+    return random.choice(algorithms)
 
 
 def scores(test: ABTest) -> tuple[ArmScore, ArmScore]:
     """Both arms on the test's labelled requests, counted by the database."""
+    return scores_of([test])[test.pk]
+
+
+def scores_of(tests: Iterable[ABTest]) -> dict[int, tuple[ArmScore, ArmScore]]:
+    """The scores of several tests, by their ids, from one query."""
+    tests = list(tests)
     counted = {
-        row["parent_mlalgorithm"]: (row["labelled"], row["correct"])
-        for row in MLRequest.objects.filter(abtest=test)
+        (test, algorithm): counts
+        for test, algorithm, *counts in MLRequest.objects.filter(abtest__in=tests)
         .labelled()
-        .values("parent_mlalgorithm")
-        .annotate(labelled=Count("pk"), correct=Count("pk", filter=Q(response=F("feedback"))))
+        .values_list("abtest", "parent_mlalgorithm")
+        .annotate(labelled=Count("*"), correct=Count("feedback", filter=Q(response=F("feedback"))))
     }
-    first, second = (
-        ArmScore(algorithm, *counted.get(algorithm.pk, (0, 0)))
-        for algorithm in (test.parent_mlalgorithm_1, test.parent_mlalgorithm_2)
-    )
-    return first, second
+
+    def score(test: ABTest, algorithm: MLAlgorithm) -> ArmScore:
+        return ArmScore(algorithm, *counted.get((test.pk, algorithm.pk), (0, 0)))
+
+    return {test.pk: (score(test, test.parent_mlalgorithm_1), score(test, test.parent_mlalgorithm_2)) for test in tests}
 
 
 def stop(test: ABTest, *, by: str, now: datetime) -> tuple[ABTest, bool]:

@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from django.core.exceptions import PermissionDenied
-from django.db import OperationalError
+from django.core.exceptions import PermissionDenied, RequestDataTooBig, SuspiciousOperation
+from django.db import InterfaceError, OperationalError
 from django.http import Http404
 from rest_framework import exceptions, status
 from rest_framework.response import Response
@@ -21,6 +22,8 @@ from apps.endpoints.abtests import ABTestError
 from apps.endpoints.feedback import UnknownOutcome
 from apps.endpoints.lifecycle import LifecycleError, TestRunning
 from apps.ml.schema import InputError
+
+logger = logging.getLogger(__name__)
 
 MAX_ERRORS = 20
 
@@ -34,13 +37,20 @@ HTTP_STATUS: list[tuple[type[Exception], int]] = [
     (LifecycleError, status.HTTP_400_BAD_REQUEST),
     (ABTestError, status.HTTP_400_BAD_REQUEST),
     (UnknownOutcome, status.HTTP_400_BAD_REQUEST),
-    (OperationalError, status.HTTP_503_SERVICE_UNAVAILABLE),
+    (RequestDataTooBig, status.HTTP_413_REQUEST_ENTITY_TOO_LARGE),
+    (SuspiciousOperation, status.HTTP_400_BAD_REQUEST),
 ]
 
 
 class PayloadTooLarge(exceptions.APIException):
     status_code = status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
     default_code = "too_large"
+
+
+class LengthRequired(exceptions.APIException):
+    status_code = status.HTTP_411_LENGTH_REQUIRED
+    default_code = "length_required"
+    default_detail = "Send the body whole, with its size in the header Content-Length, not in chunks."
 
 
 def exception_handler(error: Exception, context: dict[str, Any]) -> Response | None:
@@ -53,8 +63,10 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
         return _answer(status.HTTP_400_BAD_REQUEST, *_summary(problems))
     for kind, code in HTTP_STATUS:
         if isinstance(error, kind):
-            message = "The database does not answer; try again." if kind is OperationalError else str(error)
-            return _answer(code, message)
+            return _answer(code, str(error))
+    if isinstance(error, (OperationalError, InterfaceError)):
+        logger.error("The database does not answer: %s", str(error).strip())
+        return _answer(status.HTTP_503_SERVICE_UNAVAILABLE, "The database does not answer; try again.")
     response = drf_exception_handler(error, context)
     if response is None:
         return None
@@ -71,10 +83,15 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
 def _answer(
     code: int, message: str, errors: list[dict[str, Any]] | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    body: dict[str, Any] = {"status": "Error", "message": message}
+    body: dict[str, Any] = {"status": "Error", "message": _printable(message)}
     if errors:
-        body["errors"] = errors
+        body["errors"] = [{name: _printable(value) for name, value in error.items()} for error in errors]
     return Response(body, status=code, headers=headers)
+
+
+def _printable(value: Any) -> Any:
+    """What a client sent and an error repeats may hold half a surrogate pair, which no answer can."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _summary(problems: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from django.conf import settings
 from django.db import connection, transaction
+from django.db.models import F, FilteredRelation, Q
 
 from apps.endpoints import abtests
 from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
 from apps.ml.artifacts import HOW_TO_TRAIN, ArtifactError
 from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.registry import registry
-from apps.ml.schema import InputError, Problem
+from apps.ml.schema import InputError, Problem, Schema
 
 
 class PredictionError(Exception):
@@ -54,10 +55,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Choice:
-    """What answers: one algorithm, or the two of a running test."""
+    """What answers: one algorithm, or the two that share the requests of a running test."""
 
-    algorithms: tuple[MLAlgorithm, ...]
-    test: ABTest | None = None
+    algorithms: Sequence[MLAlgorithm]
+    test_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Answer:
     probability: float
     label: str
     algorithm: MLAlgorithm
-    warnings: Sequence[str] = field(default=())
+    warnings: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         body = {
@@ -104,45 +105,39 @@ def choose(endpoint_name: str, wanted: Wanted, *, in_test: bool = True) -> Choic
     counts as the production algorithm. Raises PredictionError.
     """
     if wanted.status is not None and wanted.status not in Status.values:
-        raise NoSuchAlgorithm(f"There is no status {wanted.status!r}; use one of {', '.join(Status.values)}.")
-    served = list(
-        MLAlgorithmStatus.objects.served()
-        .filter(parent_endpoint__name=endpoint_name)
-        .select_related("parent_mlalgorithm")
-        .order_by("parent_mlalgorithm_id")
-    )
-    if not served:
-        raise _nothing_served(endpoint_name)
-    endpoint_id = served[0].parent_endpoint_id
-    registry.unload_all_but(endpoint_id, {status.parent_mlalgorithm_id for status in served})
-    testing = any(status.status == Status.AB_TESTING for status in served)
-    test = ABTest.objects.running().filter(parent_endpoint_id=endpoint_id).first() if testing else None
-    champion_id = test.champion_id if test else None
+        names = ", ".join(status for status in Status.values if status != Status.RETIRED)
+        raise NoSuchAlgorithm(f"There is no status {wanted.status!r}; use one of {names}.")
+    served = _served(endpoint_name)
+    named = [
+        status
+        for status in served
+        if wanted.version in (None, status.parent_mlalgorithm.version)
+        and wanted.algorithm in (None, status.parent_mlalgorithm.name, status.parent_mlalgorithm.key)
+    ]
 
-    def fits(status: MLAlgorithmStatus, asked: str | None) -> bool:
-        algorithm = status.parent_mlalgorithm
-        stands_for = {status.status, Status.PRODUCTION if algorithm.pk == champion_id else status.status}
-        return (
-            (asked is None or asked in stands_for)
-            and wanted.version in (None, algorithm.version)
-            and wanted.algorithm in (None, algorithm.name, algorithm.key)
-        )
+    def fitting(asked: str | None) -> list[MLAlgorithm]:
+        return [
+            status.parent_mlalgorithm
+            for status in named
+            if asked in (None, status.status)
+            or (asked == Status.PRODUCTION and status.parent_mlalgorithm_id == status.champion_id)
+        ]
 
     asked = wanted.status or (None if wanted.names_one else settings.PREDICT_DEFAULT_STATUS)
-    joins_test = test and in_test and not wanted.names_one
+    test_id, champion_id = served[0].test_id, served[0].champion_id
+    joins_test = test_id and in_test and not wanted.names_one
     if joins_test and (asked == Status.AB_TESTING or (asked == Status.PRODUCTION and champion_id)):
-        arms = [status.parent_mlalgorithm for status in served if status.parent_mlalgorithm_id in test.arm_ids]
-        return Choice(tuple(arms), test)
-    matches = [status.parent_mlalgorithm for status in served if fits(status, asked)]
+        return Choice(fitting(Status.AB_TESTING), test_id)
+    matches = fitting(asked)
     if len(matches) > 1 and asked is None:
-        by_default = [s.parent_mlalgorithm for s in served if fits(s, settings.PREDICT_DEFAULT_STATUS)]
-        matches = by_default or matches
+        matches = fitting(settings.PREDICT_DEFAULT_STATUS) or matches
     if len(matches) == 1:
-        return Choice((matches[0],))
+        return Choice(matches)
     on_offer = "; ".join(
         f"status={s.status}&algorithm={s.parent_mlalgorithm.key}&version={s.parent_mlalgorithm.version}" for s in served
     )
-    description = _described(asked, wanted)
+    parts = {"status": asked, "version": wanted.version, "algorithm": wanted.algorithm}
+    description = ", ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
     if matches:
         raise AmbiguousAlgorithm(f"{len(matches)} algorithms fit {description}; name one of: {on_offer}.")
     raise NoSuchAlgorithm(f"No algorithm fits {description}; name one of: {on_offer}.")
@@ -160,25 +155,7 @@ def predict(
 
     as_text: the values are text, as forms send them. Raises PredictionError, InputError.
     """
-    choice = choose(endpoint_name, wanted)
-    if choice.test is None:
-        return score(choice.algorithms[0], rows, now=now, as_text=as_text)
-    arms = {algorithm.pk: algorithm for algorithm in choice.algorithms}
-    assigned = [abtests.choose_arm(choice.test) for _ in rows]
-    answers: dict[int, Answer] = {}
-    with transaction.atomic():
-        for arm_id, algorithm in arms.items():
-            positions = [position for position, chosen in enumerate(assigned) if chosen == arm_id]
-            if not positions:
-                continue
-            try:
-                scored = score(
-                    algorithm, [rows[position] for position in positions], test=choice.test, now=now, as_text=as_text
-                )
-            except InputError as error:
-                raise _with_rows(error, positions) from None
-            answers.update(zip(positions, scored, strict=True))
-    return [answers[position] for position in range(len(rows))]
+    return score(choose(endpoint_name, wanted), rows, now=now, as_text=as_text)
 
 
 def classifier_of(algorithm: MLAlgorithm) -> RetentionClassifier:
@@ -189,40 +166,63 @@ def classifier_of(algorithm: MLAlgorithm) -> RetentionClassifier:
         raise Unavailable(f"{algorithm} is not available: {error}") from error
 
 
-def score(
-    algorithm: MLAlgorithm,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    now: datetime,
-    test: ABTest | None = None,
-    as_text: bool = False,
-) -> list[Answer]:
-    """Score rows by one algorithm and record each as a request. Raises Unavailable, InputError."""
+def score(choice: Choice, rows: Sequence[Mapping[str, Any]], *, now: datetime, as_text: bool = False) -> list[Answer]:
+    """Score each row by the algorithm chosen, or in a test by either, and record them all or none.
+
+    Raises Unavailable, InputError.
+    """
+    arms = [abtests.choose_arm(choice.algorithms) for _ in rows]
+    requests: dict[int, MLRequest] = {}
+    problems: list[Problem] = []
+    for algorithm in choice.algorithms:
+        positions = [position for position, arm in enumerate(arms) if arm is algorithm]
+        if not positions:
+            continue
+        try:
+            scored = _scored(algorithm, [rows[position] for position in positions], as_text)
+        except InputError as error:
+            problems += [replace(problem, row=positions[problem.row]) for problem in error.problems]
+            continue
+        for position, request in zip(positions, scored, strict=True):
+            request.created_at, request.abtest_id = now, choice.test_id
+            requests[position] = request
+    if problems:
+        raise InputError(problems)
+    in_order = [requests[position] for position in range(len(rows))]
+    _record(in_order)
+    return [
+        Answer(
+            request.pk,
+            request.probability,
+            request.response,
+            request.parent_mlalgorithm,
+            request.full_response.get("warnings", ()),
+        )
+        for request in in_order
+    ]
+
+
+def _scored(algorithm: MLAlgorithm, rows: Sequence[Mapping[str, Any]], as_text: bool) -> list[MLRequest]:
+    """What one algorithm answers for rows, as requests that are not recorded yet."""
     began = time.perf_counter()
     classifier = classifier_of(algorithm)
+    schema = classifier.schema
     if as_text:
-        rows = classifier.schema.parse_text(rows)
-    results = classifier.compute_prediction(list(rows))
-    keys = _customer_keys(classifier, rows)
+        rows = schema.parse_text(rows)
+    results = classifier.compute_prediction(rows)
+    keys = _customer_keys(schema, rows)
     elapsed_ms = (time.perf_counter() - began) * 1000
-    requests = [
+    return [
         MLRequest(
-            input_data=classifier.schema.features_of(row),
+            input_data=schema.features_of(row),
             full_response=result,
             response=result["label"],
             probability=result["probability"],
-            created_at=now,
             latency_ms=elapsed_ms,
             customer_key=key,
             parent_mlalgorithm=algorithm,
-            abtest=test,
         )
         for row, result, key in zip(rows, results, keys, strict=True)
-    ]
-    _record(requests)
-    return [
-        Answer(request.pk, request.probability, request.response, algorithm, request.full_response.get("warnings", ()))
-        for request in requests
     ]
 
 
@@ -250,33 +250,46 @@ def _record(requests: list[MLRequest]) -> None:
             request.save(force_insert=True)
 
 
-def _customer_keys(classifier: RetentionClassifier, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _served(endpoint_name: str) -> list[MLAlgorithmStatus]:
+    """The statuses of an endpoint's algorithms that answer, each with `test_id` and `champion_id` of a running test.
+
+    One query, hence one moment: a test that starts or stops meanwhile is seen whole or not at all.
+    """
+    served = list(
+        MLAlgorithmStatus.objects.served()
+        .filter(parent_endpoint__name=endpoint_name)
+        .annotate(
+            running=FilteredRelation("parent_endpoint__abtests", condition=Q(parent_endpoint__abtests__ended_at=None)),
+            test_id=F("running__pk"),
+            champion_id=F("running__champion"),
+        )
+        .select_related("parent_mlalgorithm")
+        .order_by("parent_mlalgorithm_id")
+    )
+    if not served:
+        raise _nothing_served(endpoint_name)
+    registry.unload_all_but(served[0].parent_endpoint_id, {status.parent_mlalgorithm_id for status in served})
+    return served
+
+
+def _customer_keys(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     keys, problems = [], []
     for index, row in enumerate(rows):
         try:
-            keys.append(classifier.schema.customer_key(row))
+            keys.append(schema.customer_key(row))
         except ValueError as error:
-            problems.append(Problem(classifier.schema.identifier, str(error), index))
+            problems.append(Problem(schema.identifier, str(error), index))
     if problems:
         raise InputError(problems)
     return keys
 
 
-def _with_rows(error: InputError, positions: Sequence[int]) -> InputError:
-    return InputError([Problem(p.field, p.message, positions[p.row]) for p in error.problems])
-
-
-def _described(asked: str | None, wanted: Wanted) -> str:
-    parts = {"status": asked, "version": wanted.version, "algorithm": wanted.algorithm}
-    return ", ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
-
-
 def _nothing_served(endpoint_name: str) -> PredictionError:
-    names = list(Endpoint.objects.values_list("name", flat=True)[:20])
+    endpoint = Endpoint.objects.filter(name=endpoint_name).first()
+    if endpoint:
+        registry.unload_all_but(endpoint.pk, ())
+        return NoSuchAlgorithm(f"Endpoint {endpoint} serves no algorithm; give a retired one another status first.")
+    names = Endpoint.objects.order_by("id").values_list("name", flat=True)[:20]
     if not names:
         return Unavailable(f"No model has been trained yet. {HOW_TO_TRAIN}")
-    if endpoint_name in names or Endpoint.objects.filter(name=endpoint_name).exists():
-        return NoSuchAlgorithm(
-            f"Every algorithm of endpoint {endpoint_name} is retired; give one another status first."
-        )
     return UnknownEndpoint(f"There is no endpoint {endpoint_name!r}; there are: {', '.join(names)}.")

@@ -7,6 +7,8 @@ from rest_framework import serializers
 
 from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
 from apps.endpoints.prediction import Wanted
+from apps.ml.registry import DEFAULT_ENDPOINT
+from apps.ml.schema import spelled
 
 ANONYMOUS = "anonymous"
 
@@ -49,6 +51,7 @@ class MLAlgorithmStatusSerializer(serializers.ModelSerializer):
         model = MLAlgorithmStatus
         fields = ["id", "status", "active", "created_by", "created_at", "parent_mlalgorithm"]
         read_only_fields = ["id", "active", "created_at"]
+        extra_kwargs = {"parent_mlalgorithm": {"pk_field": serializers.IntegerField()}}
         validators: list[object] = []  # `lifecycle` judges, under a lock
 
 
@@ -66,9 +69,9 @@ class MLRequestSerializer(serializers.ModelSerializer):
 class OutcomeField(serializers.Field):
     """An outcome as the client spells it; which spellings there are depends on the algorithm's training table."""
 
-    def to_internal_value(self, data: Any) -> Any:
-        if isinstance(data, (str, int)):
-            return data
+    def to_internal_value(self, data: Any) -> str:
+        if isinstance(data, (str, int, float)):
+            return spelled(data)
         raise serializers.ValidationError('Expected "1" or "0".')
 
 
@@ -99,27 +102,31 @@ class ABTestSerializer(serializers.ModelSerializer):
             *("parent_mlalgorithm_1", "parent_mlalgorithm_2"),
         ]
         read_only_fields = ["id", "created_at", "ended_at", "summary"]
+        extra_kwargs = {
+            "parent_mlalgorithm_1": {"pk_field": serializers.IntegerField()},
+            "parent_mlalgorithm_2": {"pk_field": serializers.IntegerField()},
+        }
         validators: list[object] = []  # `abtests` judges, under a lock
 
 
 class WantedSerializer(serializers.Serializer):
     """The query parameters that choose the algorithm."""
 
-    status = serializers.CharField(required=False, help_text="Its lifecycle status.")
-    version = serializers.CharField(required=False)
-    algorithm = serializers.CharField(required=False, help_text="Its name or key, such as random_forest.")
+    status = serializers.CharField(required=False, max_length=128, help_text="Its lifecycle status.")
+    version = serializers.CharField(required=False, max_length=128)
+    algorithm = serializers.CharField(
+        required=False, max_length=128, help_text="Its name or key, such as random_forest."
+    )
 
     def wanted(self) -> Wanted:
         self.is_valid(raise_exception=True)
-        return Wanted(**self.validated_data)
+        return Wanted(*(self.validated_data.get(name) for name in ("status", "version", "algorithm")))
 
 
-class BatchSerializer(serializers.Serializer):
+class BatchSerializer(WantedSerializer):
     file = serializers.FileField(allow_empty_file=True, help_text="A CSV with a header line.")
-    endpoint = serializers.CharField(required=False)
-    status = serializers.CharField(default=Status.PRODUCTION.value)
-    version = serializers.CharField(required=False)
-    algorithm = serializers.CharField(required=False)
+    endpoint = serializers.CharField(default=DEFAULT_ENDPOINT, max_length=128)
+    status = serializers.CharField(default=Status.PRODUCTION.value, max_length=128)
     format = serializers.ChoiceField(["json", "csv"], default="json")
 
 

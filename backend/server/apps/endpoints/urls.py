@@ -15,6 +15,5 @@ urlpatterns = [
     path("", include(router.urls)),
     path("stop_ab_test/<int:pk>", views.StopABTestView.as_view()),
     path("batch-predict", views.BatchPredictView.as_view()),
-    re_path(f"^(?P<endpoint_name>{ENDPOINT_NAME})/predict$", views.PredictView.as_view()),
-    re_path("", views.NothingHere.as_view()),
+    re_path(rf"^(?P<endpoint_name>{ENDPOINT_NAME})/predict\Z", views.PredictView.as_view()),
 ]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import django_filters
 from django.conf import settings
-from django.http import Http404, HttpResponse
+from django.http import Http404, HttpResponse, QueryDict
 from django.utils import timezone
 from drf_spectacular.utils import OpenApiResponse, PolymorphicProxySerializer, extend_schema, extend_schema_view
-from rest_framework import mixins, pagination, viewsets
-from rest_framework.exceptions import ParseError
-from rest_framework.parsers import MultiPartParser
+from rest_framework import mixins, viewsets
+from rest_framework.exceptions import ParseError, UnsupportedMediaType
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from apps.endpoints import abtests, batch, feedback, lifecycle, prediction
-from apps.endpoints.exceptions import PayloadTooLarge
-from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
+from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
+from apps.endpoints.filters import AlgorithmFilter, NewestFirst, RequestFilter, StatusFilter
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
+from apps.endpoints.parsers import MultipartBody
 from apps.endpoints.permissions import TokenUnlessDebug, WritesNeedABTestPermission, WritesNeedStatusPermission
 from apps.endpoints.serializers import (
     ANONYMOUS,
@@ -34,7 +34,6 @@ from apps.endpoints.serializers import (
     MLRequestSerializer,
     WantedSerializer,
 )
-from apps.ml.registry import DEFAULT_ENDPOINT
 
 ID = "[0-9]{1,18}"
 BAD_REQUEST = OpenApiResponse(ErrorSerializer, description="What is wrong, and what to do.")
@@ -45,21 +44,45 @@ def _asker(request: Request) -> str:
     return request.user.get_username() if request.user else ANONYMOUS
 
 
-class BoundedBody:
-    """Refuses a body over the limit before it is read."""
+def _is_form(request: Request) -> bool:
+    return isinstance(request.data, QueryDict)
+
+
+def _customer_of_form(request: Request) -> dict[str, str]:
+    if request.FILES:
+        raise ParseError("A customer's values are no files; send a file of customers to /api/v1/batch-predict.")
+    customer = request.POST.dict()
+    first = next(iter(customer), "").strip()
+    if first.startswith(("{", "[")) and '"' in first:
+        raise UnsupportedMediaType(
+            request.content_type, "This form looks like JSON; send it with the header Content-Type: application/json."
+        )
+    return customer
+
+
+class Api:
+    """What all views share: a body of known and bounded size, and JSON whatever the Accept header says."""
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
-        sent = int(request.META.get("CONTENT_LENGTH") or 0)
+        if "Transfer-Encoding" in request.headers:
+            raise LengthRequired
+        try:
+            announced = int(request.META.get("CONTENT_LENGTH") or 0)
+        except ValueError:
+            raise ParseError("The header Content-Length is no number.") from None
         limit = self.max_bytes()
-        if sent > limit:
-            raise PayloadTooLarge(f"The body has {sent:,} bytes; the limit is {limit:,}. Send it in parts.")
+        if announced > limit:
+            raise PayloadTooLarge(f"The body has {announced:,} bytes; the limit is {limit:,}. Send it in parts.")
 
     def max_bytes(self) -> int:
         return settings.MAX_BODY_BYTES
 
+    def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
+        return super().perform_content_negotiation(request, force=True)
 
-class EndpointViewSet(viewsets.ReadOnlyModelViewSet):
+
+class EndpointViewSet(Api, viewsets.ReadOnlyModelViewSet):
     """What can be asked: each endpoint answers at /{name}/predict."""
 
     lookup_value_regex = ID
@@ -67,28 +90,13 @@ class EndpointViewSet(viewsets.ReadOnlyModelViewSet):
     serializer_class = EndpointSerializer
 
 
-class AlgorithmFilter(django_filters.FilterSet):
-    endpoint = django_filters.CharFilter("parent_endpoint__name")
-    status = django_filters.ChoiceFilter(choices=Status.choices, field_name="current_status")
-
-    class Meta:
-        model = MLAlgorithm
-        fields = ["name", "version"]
-
-
-class MLAlgorithmViewSet(viewsets.ReadOnlyModelViewSet):
+class MLAlgorithmViewSet(Api, viewsets.ReadOnlyModelViewSet):
     """Every registered model, with its present status and its scores on held-out customers."""
 
     lookup_value_regex = ID
     queryset = MLAlgorithm.objects.with_current_status().order_by("id")
     serializer_class = MLAlgorithmSerializer
     filterset_class = AlgorithmFilter
-
-
-class StatusFilter(django_filters.FilterSet):
-    class Meta:
-        model = MLAlgorithmStatus
-        fields = ["parent_mlalgorithm", "status", "active"]
 
 
 @extend_schema_view(
@@ -101,7 +109,7 @@ class StatusFilter(django_filters.FilterSet):
     )
 )
 class MLAlgorithmStatusViewSet(
-    BoundedBody,
+    Api,
     mixins.CreateModelMixin,
     mixins.ListModelMixin,
     mixins.RetrieveModelMixin,
@@ -122,29 +130,7 @@ class MLAlgorithmStatusViewSet(
         )
 
 
-class NewestFirst(pagination.CursorPagination):
-    """Pages by key: as fast on the last page as on the first, and nothing is counted."""
-
-    ordering = "-id"
-    page_size = 50
-    page_size_query_param = "page_size"
-    max_page_size = 1000
-
-
-class RequestFilter(django_filters.FilterSet):
-    algorithm = django_filters.NumberFilter("parent_mlalgorithm")
-    abtest = django_filters.NumberFilter("abtest")
-    customer_key = django_filters.CharFilter("customer_key")
-    created_after = django_filters.IsoDateTimeFilter("created_at", lookup_expr="gte")
-    created_before = django_filters.IsoDateTimeFilter("created_at", lookup_expr="lt")
-    labelled = django_filters.BooleanFilter("feedback", lookup_expr="isnull", exclude=True)
-
-    class Meta:
-        model = MLRequest
-        fields: list[str] = []
-
-
-class MLRequestViewSet(BoundedBody, viewsets.ReadOnlyModelViewSet):
+class MLRequestViewSet(Api, viewsets.ReadOnlyModelViewSet):
     """Every answered request. Its `feedback`, the true outcome, is written when it is known."""
 
     lookup_value_regex = ID
@@ -160,7 +146,7 @@ class MLRequestViewSet(BoundedBody, viewsets.ReadOnlyModelViewSet):
             data=request.data,
             context={
                 "current": MLRequestSerializer(logged).data,
-                "is_form": hasattr(request.data, "getlist"),
+                "is_form": _is_form(request),
             },
         )
         serializer.is_valid(raise_exception=True)
@@ -174,7 +160,7 @@ class MLRequestViewSet(BoundedBody, viewsets.ReadOnlyModelViewSet):
         return self.update(request, pk)
 
 
-class PredictView(BoundedBody, APIView):
+class PredictView(Api, APIView):
     """Will this customer stay? One object in, one answer out; a list in, a list out, in its order."""
 
     @extend_schema(
@@ -194,19 +180,18 @@ class PredictView(BoundedBody, APIView):
     )
     def post(self, request: Request, endpoint_name: str) -> Response:
         wanted = WantedSerializer(data=request.query_params).wanted()
-        is_form = hasattr(request.data, "getlist")
-        is_list = isinstance(request.data, list)
-        rows = [request.data.dict()] if is_form else request.data if is_list else [request.data]
+        is_form, is_list = _is_form(request), isinstance(request.data, list)
+        rows = [_customer_of_form(request)] if is_form else request.data if is_list else [request.data]
         if not rows:
             raise ParseError("The list is empty; send at least one customer.")
         answers = prediction.predict(endpoint_name, rows, wanted, now=timezone.now(), as_text=is_form)
         return Response([answer.as_json() for answer in answers] if is_list else answers[0].as_json())
 
 
-class BatchPredictView(BoundedBody, APIView):
+class BatchPredictView(Api, APIView):
     """Score a CSV of customers: one answer per line, in the file's order, or none if any line is bad."""
 
-    parser_classes = [MultiPartParser]
+    parser_classes = [MultipartBody]
 
     def max_bytes(self) -> int:
         return settings.MAX_UPLOAD_BYTES
@@ -223,15 +208,12 @@ class BatchPredictView(BoundedBody, APIView):
         },
     )
     def post(self, request: Request) -> HttpResponse:
-        serializer = BatchSerializer(data={**request.query_params.dict(), **request.data.dict()})
-        serializer.is_valid(raise_exception=True)
+        sent = request.query_params.copy()
+        sent.update(request.data)
+        serializer = BatchSerializer(data=sent)
+        wanted = serializer.wanted()
         asked = serializer.validated_data
-        scored = batch.predict_file(
-            asked["file"],
-            asked.get("endpoint", DEFAULT_ENDPOINT),
-            prediction.Wanted(asked["status"], asked.get("version"), asked.get("algorithm")),
-            now=timezone.now(),
-        )
+        scored = batch.predict_file(asked["file"], asked["endpoint"], wanted, now=timezone.now())
         if asked["format"] == "csv":
             return HttpResponse(
                 scored.as_csv(),
@@ -244,7 +226,7 @@ class BatchPredictView(BoundedBody, APIView):
 
 @extend_schema_view(create=extend_schema(responses={201: ABTestSerializer, 400: BAD_REQUEST}))
 class ABTestViewSet(
-    BoundedBody,
+    Api,
     mixins.CreateModelMixin,
     mixins.ListModelMixin,
     mixins.RetrieveModelMixin,
@@ -268,7 +250,7 @@ class ABTestViewSet(
         )
 
 
-class StopABTestView(BoundedBody, APIView):
+class StopABTestView(Api, APIView):
     """End a test: the more accurate algorithm on labelled requests goes to production."""
 
     permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
@@ -283,15 +265,3 @@ class StopABTestView(BoundedBody, APIView):
             "The test is stopped." if ended_now else f"The test had been stopped at {test.ended_at:%Y-%m-%d %H:%M} UTC."
         )
         return Response({**ABTestSerializer(test).data, "message": f"{message} {test.summary}"})
-
-
-class NothingHere(APIView):
-    """For addresses under /api/v1/ that do not exist: JSON, in development too."""
-
-    permission_classes: list[type] = []
-    authentication_classes: list[type] = []
-    schema = None
-
-    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        hint = " Addresses have no trailing slash." if request.path.endswith("/") else ""
-        raise Http404(f"There is nothing at {request.path}.{hint} The API is described at /api/docs.")

@@ -1,0 +1,273 @@
+"""GET, PUT and PATCH /api/v1/mlrequests: what was answered, and what became of the customer."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from django.utils import timezone
+
+from apps.endpoints.models import FeedbackChange, MLRequest
+from apps.ml.registry import registry
+from conftest import make_customers
+
+REQUESTS = "/api/v1/mlrequests"
+PRODUCTION = "/api/v1/classifier/predict?status=production"
+
+
+def refused(response, status=400) -> str:
+    assert response.status_code == status, response.content
+    assert response.json()["status"] == "Error"
+    return response.json()["message"]
+
+
+@pytest.fixture
+def answered(api, algorithms, customer) -> str:
+    """The address of a request that was answered and whose outcome is not known yet."""
+    return f"{REQUESTS}/{api.post(PRODUCTION, customer).json()['request_id']}"
+
+
+@pytest.fixture
+def twelve(api, algorithms, customer) -> list[int]:
+    """The ids of twelve requests: customers C0 to C11, an hour between two, the first four with an outcome."""
+    rows = [{**customer, "CustomerId": f"C{number}"} for number in range(12)]
+    ids = [answer["request_id"] for answer in api.post(PRODUCTION, rows).json()]
+    for number, pk in enumerate(ids):
+        moment = datetime(2026, 1, 1, 12, tzinfo=UTC) + timedelta(hours=number)
+        MLRequest.objects.filter(pk=pk).update(created_at=moment)
+    for pk in ids[:4]:
+        assert api.patch(f"{REQUESTS}/{pk}", {"feedback": "1"}).status_code == 200
+    return ids
+
+
+class TestReading:
+    def test_a_request_tells_the_question_the_answer_and_the_outcome(self, api, answered, algorithms, customer):
+        told = api.get(answered).json()
+
+        assert told["input_data"] == customer
+        assert told["full_response"] == {"probability": told["probability"], "label": told["response"], "status": "OK"}
+        assert told["parent_mlalgorithm"] == algorithms["random_forest"].pk
+        assert (told["feedback"], told["abtest"], told["customer_key"]) == (None, None, "")
+        assert set(told) == {
+            *("id", "input_data", "full_response", "response", "probability", "feedback", "customer_key"),
+            *("latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
+        }
+
+    def test_the_list_is_paged_newest_first(self, api, twelve):
+        page = api.get(f"{REQUESTS}?page_size=5").json()
+        found = [row["id"] for row in page["results"]]
+        assert page["previous"] is None
+        while page["next"]:
+            page = api.get(page["next"]).json()
+            found += [row["id"] for row in page["results"]]
+
+        assert found == twelve[::-1]
+
+    def test_a_page_is_read_by_one_query_that_counts_nothing(self, api, twelve, django_assert_num_queries):
+        with django_assert_num_queries(1) as queries:
+            assert len(api.get(REQUESTS).json()["results"]) == 12
+
+        assert "COUNT(" not in queries.captured_queries[0]["sql"].upper()
+
+    def test_requests_that_come_in_between_do_not_shift_the_pages(self, api, twelve, customer):
+        first = api.get(f"{REQUESTS}?page_size=5").json()
+        api.post(PRODUCTION, [customer] * 3)
+        second = api.get(first["next"]).json()
+
+        assert [row["id"] for row in second["results"]] == twelve[::-1][5:10]
+
+    @pytest.mark.parametrize(
+        ("query", "expected"),
+        [
+            ("labelled=true", range(4)),
+            ("labelled=false", range(4, 12)),
+            ("customer_key=C7", [7]),
+            ("customer_key=nobody", []),
+            ("created_after=2026-01-01T20:00:00Z", range(8, 12)),
+            ("created_after=2026-01-01T22:00:00%2B02:00", range(8, 12)),
+            ("created_after=2026-01-02", []),
+            ("created_before=2026-01-01T13:00:00Z", [0]),
+            ("created_after=2026-01-01T14:00:00Z&created_before=2026-01-01T17:00:00Z&labelled=true", [2, 3]),
+            ("abtest=1", []),
+            ("algorithm=", range(12)),
+            ("labelled=", range(12)),
+        ],
+    )
+    def test_filters_narrow_the_list(self, api, twelve, query, expected):
+        found = [row["id"] for row in api.get(f"{REQUESTS}?{query}").json()["results"]]
+
+        assert found == [twelve[number] for number in expected][::-1]
+
+    def test_the_list_can_be_narrowed_to_one_algorithm(self, api, twelve, algorithms, customer):
+        api.post("/api/v1/classifier/predict?status=staging", customer)
+
+        for key, count in [("random_forest", 12), ("extra_trees", 1), ("decision_tree", 0)]:
+            page = api.get(f"{REQUESTS}?algorithm={algorithms[key].pk}").json()
+            assert len(page["results"]) == count
+
+    @pytest.mark.parametrize(
+        "query",
+        [
+            *("algorithm=forest", "algorithm=0", "algorithm=-1", "algorithm=1.5", "algorithm=1e3", "algorithm=NaN"),
+            *("algorithm=99999999999999999999999", "algorithm=%00", "abtest=first"),
+            *("labelled=perhaps", "labelled=1", "labelled=%00", "customer_key=%00"),
+            *("created_after=yesterday", "created_after=2026-13-01", "created_before=%00", "created_before=12:00"),
+            *("created_after=0001-01-01T00:00:00%2B12:00", "created_before=9999-12-31T23:59:59-12:00"),
+        ],
+    )
+    def test_a_filter_that_cannot_be_understood_is_refused_by_name(self, api, twelve, query):
+        response = api.get(f"{REQUESTS}?{query}")
+
+        refused(response)
+        assert response.json()["errors"][0]["field"] == query.split("=")[0]
+
+    def test_an_algorithm_that_does_not_exist_has_no_requests(self, api, twelve):
+        for pk in (999_999, 2**63 - 1):
+            assert api.get(f"{REQUESTS}?algorithm={pk}").json()["results"] == []
+
+    @pytest.mark.parametrize("position", ["abc", "%00", "-1", "1.5", "9" * 30, "9" * 2500, "\ud800"])
+    def test_a_cursor_that_the_server_did_not_give_is_refused(self, api, twelve, position):
+        forged = b64encode(f"p={position}".encode("utf-8", "surrogatepass")).decode()
+
+        for cursor in (forged, "x", "%FF"):
+            assert "Invalid cursor" in refused(api.get(f"{REQUESTS}?cursor={cursor}"), 404)
+
+    @pytest.mark.parametrize("size", ["0", "-1", "x", "1e9", "99999999999999999999"])
+    def test_a_page_is_never_larger_than_the_largest(self, api, twelve, size):
+        assert len(api.get(f"{REQUESTS}?page_size={size}").json()["results"]) == 12
+
+    @pytest.mark.parametrize(
+        "pk", ["0", "999999", "999999999999999999", "9999999999999999999", "1" * 5000, "-1", "x", "1.0"]
+    )
+    def test_an_unknown_request_is_404(self, api, algorithms, pk):
+        refused(api.get(f"{REQUESTS}/{pk}"), 404)
+        refused(api.patch(f"{REQUESTS}/{pk}", {"feedback": "1"}), 404)
+        refused(api.put(f"{REQUESTS}/{pk}", {"feedback": "1"}), 404)
+
+
+class TestFeedback:
+    @pytest.mark.parametrize("method", ["put", "patch"])
+    @pytest.mark.parametrize(
+        ("outcome", "label"), [("1", "1"), (1, "1"), ("0", "0"), (0, "0"), (1.0, "1"), (" 1 ", "1")]
+    )
+    def test_is_a_label_as_text_or_as_a_number(self, api, answered, method, outcome, label):
+        response = getattr(api, method)(answered, {"feedback": outcome})
+
+        assert response.status_code == 200
+        assert response.json()["feedback"] == label
+        assert api.get(answered).json()["feedback"] == label
+
+    @pytest.mark.parametrize("encoding", ["multipart", "form"])
+    @pytest.mark.parametrize("method", ["put", "patch"])
+    def test_may_come_as_a_form(self, api, answered, method, encoding):
+        if encoding == "form":
+            response = getattr(api, method)(answered, "feedback=0", content_type="application/x-www-form-urlencoded")
+        else:
+            response = getattr(api, method)(answered, {"feedback": "0"}, format="multipart")
+
+        assert response.json()["feedback"] == "0"
+
+    @pytest.mark.parametrize(
+        "outcome", ["2", 2, -1, 0.5, "stayed", "", " ", None, True, [], ["1"], {}, {"feedback": "1"}, "\x00", "é" * 500]
+    )
+    def test_that_is_no_known_label_is_refused_with_those_there_are(self, api, answered, outcome):
+        message = refused(api.patch(answered, {"feedback": outcome}))
+
+        assert "feedback" in message
+        if isinstance(outcome, str | int | float) and outcome is not True and outcome not in ("\x00",):
+            assert '"1" (the customer stayed, IsRetained = 1) or "0" (the customer left, IsRetained = 0)' in message
+        assert api.get(answered).json()["feedback"] is None
+        assert not FeedbackChange.objects.exists()
+
+    @pytest.mark.parametrize(
+        "body", ["", "{}", "[]", "5", "null", '"1"', '[{"feedback": "1"}]', '{"feedback": 1e999}', '{"feedback": NaN}']
+    )
+    def test_that_is_missing_or_no_value_is_refused(self, api, answered, body):
+        refused(api.generic("PATCH", answered, body, content_type="application/json"))
+        refused(api.generic("PUT", answered, body, content_type="application/json"))
+
+    @pytest.mark.parametrize("name", [r"\ud800", r"\u0000", "input_data", "response", "probability", "id", "nonsense"])
+    def test_is_all_that_can_be_written(self, api, answered, name):
+        before = api.get(answered).json()
+
+        response = api.generic(
+            "PATCH", answered, f'{{"feedback": "1", "{name}": {{"a": 9}}}}', content_type="application/json"
+        )
+
+        assert "Only feedback can be written" in refused(response)
+        assert api.get(answered).json() == before
+
+    def test_may_be_put_into_the_request_as_it_was_read(self, api, answered):
+        told = api.get(answered).json()
+
+        assert api.put(answered, {**told, "feedback": "1"}).json() == {**told, "feedback": "1"}
+
+    def test_a_request_cannot_be_deleted_or_posted(self, api, answered):
+        for response in (api.delete(answered), api.post(answered, {"feedback": "1"}), api.post(REQUESTS, {})):
+            refused(response, 405)
+            assert "GET" in response["Allow"]
+
+    def test_a_correction_is_kept_in_the_history(self, api, answered):
+        for outcome in ("1", 0, "1"):
+            api.patch(answered, {"feedback": outcome})
+
+        changes = FeedbackChange.objects.order_by("id")
+        assert [(change.previous, change.feedback) for change in changes] == [(None, "1"), ("1", "0"), ("0", "1")]
+        assert {change.created_by for change in changes} == {"anonymous"}
+        assert all(timezone.now() - change.created_at < timedelta(minutes=1) for change in changes)
+
+    def test_the_same_outcome_again_adds_nothing_to_the_history(self, api, answered):
+        for outcome in ("1", 1, " 1"):
+            assert api.patch(answered, {"feedback": outcome}).status_code == 200
+
+        assert FeedbackChange.objects.count() == 1
+
+
+class TestOtherSpellings:
+    """Feedback in the words of the training table."""
+
+    @pytest.fixture
+    def train_with(self, db, tmp_path, settings):
+        import train
+
+        def train_and_register(target: dict[int, object], *options: str) -> None:
+            table = (
+                make_customers().assign(Churn=lambda frame: frame["IsRetained"].map(target)).drop(columns="IsRetained")
+            )
+            table.to_csv(tmp_path / "table.csv", index=False)
+            arguments = ["--data", str(tmp_path / "table.csv"), "--artifacts-dir", str(tmp_path / "artifacts")]
+            assert train.main([*arguments, "--target", "Churn", *options]) == 0
+            settings.ML_ARTIFACTS_DIR = tmp_path / "artifacts"
+            registry.register_run()
+
+        return train_and_register
+
+    @pytest.mark.parametrize(
+        ("target", "options", "told"),
+        [
+            ({1: "yes", 0: "no"}, [], {"yes": "1", "no": "0", "YES": "1", " No ": "0", "1": "1", 0: "0"}),
+            ({1: "no", 0: "yes"}, ["--positive", "no"], {"no": "1", "yes": "0", "1": "1", 0: "0"}),
+            ({1: "stayed", 0: "left"}, ["--positive", "stayed"], {"stayed": "1", "Left": "0", 1: "1"}),
+            ({1: True, 0: False}, [], {True: "1", False: "0", "true": "1", "False": "0", "0": "0"}),
+            # "1" and "0" are always the labels, also where the table's own 1 means that the customer left.
+            ({1: 0, 0: 1}, ["--positive", "0"], {1: "1", "1": "1", 0: "0", "0": "0"}),
+        ],
+    )
+    def test_an_outcome_may_be_spelled_as_in_the_training_table(self, api, train_with, customer, target, options, told):
+        train_with(target, *options)
+
+        for outcome, label in told.items():
+            pk = api.post(PRODUCTION, customer).json()["request_id"]
+            assert api.patch(f"{REQUESTS}/{pk}", {"feedback": outcome}).json()["feedback"] == label
+
+    def test_the_refusal_names_these_spellings(self, api, train_with, customer):
+        train_with({1: "stayed", 0: "left"}, "--positive", "stayed")
+        pk = api.post(PRODUCTION, customer).json()["request_id"]
+
+        message = refused(api.patch(f"{REQUESTS}/{pk}", {"feedback": "maybe"}))
+
+        assert message == (
+            'feedback must be "1" (the customer stayed, Churn = stayed) or "0" (the customer left, Churn = left), '
+            "not 'maybe'."
+        )
