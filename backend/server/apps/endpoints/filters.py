@@ -14,7 +14,7 @@ from rest_framework.exceptions import NotFound
 from rest_framework.pagination import Cursor, CursorPagination
 from rest_framework.request import Request
 
-from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
+from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus, MLRequest, RequestQuerySet, Status
 
 LARGEST_ID = 2**63 - 1
 
@@ -66,14 +66,20 @@ class StatusFilter(django_filters.FilterSet):
 class RequestFilter(django_filters.FilterSet):
     algorithm = IdFilter("parent_mlalgorithm")
     abtest = IdFilter("abtest")
-    customer_key = django_filters.CharFilter("customer_key")
+    customer_key = django_filters.CharFilter(method="of_customer")
     created_after = MomentFilter("created_at", lookup_expr="gte")
     created_before = MomentFilter("created_at", lookup_expr="lt")
-    labelled = TrueOrFalseFilter("feedback", lookup_expr="isnull", exclude=True)
+    labelled = TrueOrFalseFilter("feedback", method="by_outcome")
 
     class Meta:
         model = MLRequest
         fields: list[str] = []
+
+    def of_customer(self, requests: RequestQuerySet, name: str, key: str) -> RequestQuerySet:
+        return requests.of_customer(key)
+
+    def by_outcome(self, requests: RequestQuerySet, name: str, known: bool) -> RequestQuerySet:
+        return requests.labelled() if known else requests.filter(feedback=None)
 
 
 class NewestFirst(CursorPagination):
