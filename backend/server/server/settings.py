@@ -4,6 +4,8 @@ from pathlib import Path
 
 import environ
 from django.core.exceptions import ImproperlyConfigured
+from django.templatetags.static import static
+from django.urls import reverse_lazy
 
 from apps.ml.artifacts import default_artifacts_dir
 from server import environment as env
@@ -91,6 +93,7 @@ AUTH_PASSWORD_VALIDATORS = [
 ]
 LANGUAGE_CODE = "en-us"
 FORMAT_MODULE_PATH = "server.formats"
+LOGIN_REDIRECT_URL = "admin:index"
 TIME_ZONE = env.time_zone("TIME_ZONE", default="UTC")
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
@@ -193,11 +196,52 @@ LOGGING = {
     },
 }
 
+
 # --- Admin ------------------------------------------------------------------------------------------------
+def _page(title: str, icon: str, model: str, app: str = "endpoints") -> dict[str, object]:
+    return {
+        "title": title,
+        "icon": icon,
+        "link": reverse_lazy(f"admin:{app}_{model}_changelist"),
+        "permission": lambda request: request.user.has_perm(f"{app}.view_{model}"),
+    }
+
+
 UNFOLD = {
     "SITE_TITLE": "Retention",
     "SITE_HEADER": "Customer retention",
-    "SITE_SUBHEADER": "Which customers will stay",
     "SITE_SYMBOL": "group",
+    "SITE_FAVICONS": [
+        {"rel": "icon", "type": "image/svg+xml", "href": lambda request: static("endpoints/favicon.svg")}
+    ],
     "SHOW_VIEW_ON_SITE": False,
+    "DASHBOARD_CALLBACK": "apps.endpoints.admin.algorithms.overview",
+    "SIDEBAR": {
+        "navigation": [
+            {"items": [{"title": "Overview", "icon": "dashboard", "link": reverse_lazy("admin:index")}]},
+            {
+                "title": "Models",
+                "items": [
+                    _page("Endpoints", "api", "endpoint"),
+                    _page("Algorithms", "model_training", "mlalgorithm"),
+                    _page("Status history", "history", "mlalgorithmstatus"),
+                ],
+            },
+            {"title": "Traffic", "items": [_page("Requests", "list_alt", "mlrequest")]},
+            {"title": "Experiments", "items": [_page("A/B tests", "science", "abtest")]},
+            {
+                "title": "Access",
+                "items": [
+                    _page("Users", "person", "user", "auth"),
+                    _page("Groups", "group", "group", "auth"),
+                    {
+                        "title": "API tokens",
+                        "icon": "key",
+                        "link": reverse_lazy("admin:knox_authtoken_changelist"),
+                        "permission": lambda request: request.user.is_superuser,
+                    },
+                ],
+            },
+        ],
+    },
 }

@@ -1,0 +1,10 @@
+"""The admin pages, registered when this package is imported; its modules are the groups of their navigation."""
+
+from django.contrib import admin
+
+from apps.endpoints.admin import access, algorithms, experiments, traffic
+
+__all__ = ["access", "algorithms", "experiments", "traffic"]
+
+admin.site.index_title = "Overview"
+admin.site.index_template = "endpoints/admin/overview.html"

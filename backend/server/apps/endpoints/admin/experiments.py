@@ -1,0 +1,162 @@
+"""A/B tests: start one, see how it goes, stop it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django import forms
+from django.contrib import admin, messages
+from django.db.models import F, ForeignKey
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.urls import reverse
+from django.utils import timezone
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from unfold.dataclasses import UnfoldAction
+from unfold.decorators import action
+from unfold.enums import ActionVariant
+from unfold.views import ChangeList
+
+from apps.endpoints import abtests
+from apps.endpoints.abtests import ABTestError, ArmScore
+from apps.endpoints.admin.history import HistoryAdmin, badge, dialog, done, link_to, share, table
+from apps.endpoints.models import ABTest, MLAlgorithm, Status
+
+
+class StartForm(forms.ModelForm):
+    """Checking this form starts the test: only the domain can judge, and only while it holds the endpoint's lock."""
+
+    asker = ""
+
+    def _post_clean(self) -> None:
+        # In place of the model's own checks, whose messages name constraints of the database.
+        if self.errors:
+            return
+        told = self.cleaned_data
+        try:
+            self.instance = abtests.start(
+                *(told["title"], told["parent_mlalgorithm_1"], told["parent_mlalgorithm_2"]),
+                by=self.asker,
+                now=timezone.now(),
+            )
+        except ABTestError as error:
+            self.add_error(None, str(error))
+
+
+class AlgorithmField(forms.ModelChoiceField):
+    def label_from_instance(self, algorithm: MLAlgorithm) -> str:
+        return f"{algorithm.parent_endpoint}: {algorithm} ({Status(algorithm.current_status).label})"
+
+
+class ABTestChangeList(ChangeList):
+    def get_results(self, request: HttpRequest) -> None:
+        super().get_results(request)
+        self.result_list = list(self.result_list)
+        scores = abtests.scores_of(self.result_list)
+        for test in self.result_list:
+            test.arms = scores[test.pk]
+
+
+@admin.register(ABTest)
+class ABTestAdmin(HistoryAdmin):
+    list_display = ("title", "state", "first", "second", "parent_endpoint", "created_by", "created_at")
+    list_select_related = ("parent_mlalgorithm_1", "parent_mlalgorithm_2", "parent_endpoint")
+    sortable_by = ()
+    ordering = (F("ended_at").desc(nulls_first=True), "-id")
+    actions_row = actions_detail = ("stop",)
+    form = StartForm
+    add_button = "Start the test"
+    add_fieldsets = ((None, {"fields": ("title", "parent_mlalgorithm_1", "parent_mlalgorithm_2")}),)
+    fieldsets = (
+        (None, {"fields": ("state", "parent_endpoint", "created_by", "created_at", "ended_at", "summary")}),
+        ("Requests with a known outcome", {"fields": ("results",)}),
+    )
+    readonly_fields = ("state", "parent_endpoint", "created_at", "ended_at", "summary", "results")
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("endpoints.add_abtest")
+
+    def has_stop_permission(self, request: HttpRequest, obj: object = None) -> bool:
+        return self.has_add_permission(request)
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return ABTestChangeList
+
+    def get_actions_detail(self, request: HttpRequest, object_id: str) -> list[UnfoldAction]:
+        test = self.get_object(request, object_id)
+        return [] if test is None or test.ended_at else super().get_actions_detail(request, object_id)
+
+    def get_form(self, request: HttpRequest, obj: ABTest | None = None, **kwargs: Any) -> type[forms.ModelForm]:
+        form = super().get_form(request, obj, **kwargs)
+        form.asker = request.user.get_username()
+        return form
+
+    def formfield_for_foreignkey(self, db_field: ForeignKey, request: HttpRequest, **kwargs: Any) -> forms.Field:
+        served = MLAlgorithm.objects.with_current_status().exclude(current_status=Status.RETIRED)
+        kwargs |= {
+            "queryset": served.select_related("parent_endpoint").order_by("parent_endpoint__name", "-id"),
+            "form_class": AlgorithmField,
+        }
+        return super().formfield_for_foreignkey(db_field, request, **kwargs)
+
+    def save_model(self, request: HttpRequest, obj: ABTest, form: forms.ModelForm, change: bool) -> None:
+        """The form has done it."""
+
+    def response_add(self, request: HttpRequest, obj: ABTest, post_url_continue: str | None = None) -> HttpResponse:
+        shared = "Production requests are" if obj.champion else "Requests with status=ab_testing are"
+        arms = f"{obj.parent_mlalgorithm_1} and {obj.parent_mlalgorithm_2}"
+        messages.success(request, f"{obj.title} is running. {shared} shared by {arms}.")
+        return HttpResponseRedirect(reverse("admin:endpoints_abtest_change", args=[obj.pk]))
+
+    @action(
+        description="Stop",
+        permissions=("stop",),
+        icon="stop_circle",
+        variant=ActionVariant.DANGER,
+        dialog=dialog(
+            "Stop the test?",
+            "The algorithm that was right more often, where the outcome is known, goes to production, the other to "
+            "testing. Without such a difference production stays as it was.",
+            "Stop the test",
+        ),
+    )
+    def stop(self, request: HttpRequest, form: forms.Form, object_id: str) -> HttpResponse:
+        test = self.existing(request, object_id)
+        test, ended_now = abtests.stop(test, by=request.user.get_username(), now=timezone.now())
+        if ended_now:
+            messages.success(request, f"{test.title} is stopped. {test.summary}")
+        else:
+            messages.info(request, f"{test.title} had been stopped before. {test.summary}")
+        return done()
+
+    @admin.display(description="State")
+    def state(self, test: ABTest) -> SafeString:
+        return badge("Ended") if test.ended_at else badge("Running", "primary")
+
+    @admin.display(description="First algorithm")
+    def first(self, test: ABTest) -> SafeString:
+        return _in_a_cell(test.arms[0])
+
+    @admin.display(description="Second algorithm")
+    def second(self, test: ABTest) -> SafeString:
+        return _in_a_cell(test.arms[1])
+
+    @admin.display(description="Results")
+    def results(self, test: ABTest) -> SafeString:
+        return table(
+            ["Algorithm", "Before the test", "Requests", "Right", "Accuracy"],
+            [
+                (
+                    link_to(arm.algorithm),
+                    "in production" if arm.algorithm.pk == test.champion_id else "",
+                    f"{arm.labelled:,}",
+                    f"{arm.correct:,}",
+                    "" if arm.accuracy is None else f"{arm.accuracy:.1%}",
+                )
+                for arm in abtests.scores(test)
+            ],
+        )
+
+
+def _in_a_cell(arm: ArmScore) -> SafeString:
+    return format_html("{}: {}", arm.algorithm, share(arm.correct, arm.labelled))
