@@ -150,9 +150,12 @@ class MLRequestViewSet(Api, viewsets.ReadOnlyModelViewSet):
             },
         )
         serializer.is_valid(raise_exception=True)
-        logged = feedback.record(
-            logged.pk, serializer.validated_data["feedback"], by=_asker(request), now=timezone.now()
-        )
+        try:
+            logged = feedback.record(
+                logged.pk, serializer.validated_data["feedback"], by=_asker(request), now=timezone.now()
+            )
+        except MLRequest.DoesNotExist:
+            raise Http404("This request was purged just now.") from None
         return Response(MLRequestSerializer(logged).data)
 
     @extend_schema(request=FeedbackSerializer, responses={200: MLRequestSerializer, 400: BAD_REQUEST})
