@@ -61,7 +61,7 @@ class JsonErrors:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         response = self.get_response(request)
-        is_json = response.get("Content-Type", "").startswith("application/json")
+        is_json = "json" in response.get("Content-Type", "")
         if response.status_code < 400 or is_json or request.path.startswith("/admin/"):
             return response
         answer = _error(response.status_code, self._message(request, response))

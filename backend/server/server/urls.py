@@ -3,14 +3,14 @@ from django.contrib import admin
 from django.contrib.auth.decorators import user_passes_test
 from django.urls import include, path
 from django.views.generic import RedirectView
-from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
+from drf_spectacular.views import SpectacularJSONAPIView, SpectacularSwaggerView
 from rest_framework.authentication import SessionAuthentication
 
 from apps.endpoints.permissions import TokenAuthentication, TokenUnlessDebug
 
 # The description shows customers of the trained table as examples, so it is as closed as the API itself.
 # Whoever is logged in to the admin may read it too: a browser sends no token when it opens a page.
-schema = SpectacularAPIView.as_view(
+schema = SpectacularJSONAPIView.as_view(
     authentication_classes=[TokenAuthentication, SessionAuthentication], permission_classes=[TokenUnlessDebug]
 )
 docs = user_passes_test(lambda user: settings.DEBUG or user.is_active, login_url="admin:login")(

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from django.conf import settings as django_settings
-from django.db import OperationalError, connections, transaction
+from django.db import OperationalError, transaction
 from django.db.utils import ConnectionHandler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +28,8 @@ PRODUCTION = {
     "ALLOWED_HOSTS": "retention.example.com",
 }
 SHOW = (
-    "import json; from django.conf import settings; names = [n for n in dir(settings) if n.isupper() and n != 'UNFOLD'];"
+    "import json; from django.conf import settings;"
+    "names = [n for n in dir(settings) if n.isupper() and n != 'UNFOLD'];"
     "print(json.dumps({n: getattr(settings, n) for n in names}, default=str))"
 )
 
@@ -242,17 +242,15 @@ def test_a_database_server_is_described_by_its_url(monkeypatch, url, engine):
 
 @pytest.fixture
 def on_file(tmp_path) -> ConnectionHandler:
-    """Two connections to an SQLite file, as the settings describe them."""
-    if connections["default"].vendor != "sqlite":
-        pytest.skip("these are SQLite's settings")
-    described = {**django_settings.DATABASES["default"], "NAME": str(tmp_path / "live.sqlite3")}
-    opened = ConnectionHandler(
-        {"default": described, "other": {**described, "OPTIONS": {**described["OPTIONS"], "timeout": 0}}}
-    )
+    """Two connections to an SQLite file, as the settings describe them; the other one does not wait for locks."""
+    described = {**settings_of(bare())["DATABASES"]["default"], "NAME": str(tmp_path / "live.sqlite3")}
+    impatient = {**described, "OPTIONS": {**described["OPTIONS"], "timeout": 0}}
+    opened = ConnectionHandler({"default": described, "other": impatient})
     yield opened
     opened.close_all()
 
 
+@pytest.mark.whole
 def test_an_sqlite_connection_writes_ahead_waits_for_locks_and_is_durable_enough(on_file, django_db_blocker):
     with django_db_blocker.unblock(), on_file["default"].cursor() as cursor:
         found = {
@@ -263,6 +261,7 @@ def test_an_sqlite_connection_writes_ahead_waits_for_locks_and_is_durable_enough
     assert found == {"journal_mode": "wal", "busy_timeout": 20_000, "synchronous": 1, "foreign_keys": 1}
 
 
+@pytest.mark.whole
 def test_an_sqlite_transaction_takes_the_write_lock_when_it_begins(on_file, django_db_blocker, monkeypatch):
     monkeypatch.setattr(transaction, "get_connection", lambda using: on_file[using])
     with django_db_blocker.unblock():
