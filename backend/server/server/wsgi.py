@@ -3,10 +3,13 @@
 import logging
 import os
 
-from django.core.wsgi import get_wsgi_application
+import django
+
+from server.handler import Handler
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "server.settings")
-application = get_wsgi_application()
+django.setup(set_prefix=False)
+application = Handler()
 
 
 def fill_registry() -> None:
