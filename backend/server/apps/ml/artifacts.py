@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ class TrainingRun:
         self.folder = Path(folder)
         try:
             text = (self.folder / MANIFEST).read_text(encoding="utf-8")
-            self.manifest: dict[str, Any] = json.loads(text, parse_constant=_refuse_constant)
+            self.manifest: dict[str, Any] = json.loads(text, parse_float=_finite, parse_constant=_finite)
             _check_kinds(self.manifest)
             self.version: str = self.manifest["version"]
             self.trained_at = datetime.fromisoformat(self.manifest["trained_at"])
@@ -70,7 +71,8 @@ class TrainingRun:
         except FileNotFoundError:
             raise ArtifactError(f"There is no training run in {self.folder}.") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"The manifest of {self.folder} is damaged: {error!r}.") from error
+            reason = f"{type(error).__name__}: {error}"  # repr could show the whole file
+            raise ArtifactError(f"The manifest of {self.folder} is damaged: {reason}.") from error
         if self.version != self.folder.name:
             raise ArtifactError(
                 f"The folder {self.folder} holds version {self.version}; a run's folder is named as its version."
@@ -265,5 +267,8 @@ def _sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number")
+    return number
