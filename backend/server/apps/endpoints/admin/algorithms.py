@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -113,16 +114,20 @@ def overview(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
     """What the first page shows: each endpoint's production and week, and the latest changes of status."""
     if not request.user.has_perm("endpoints.view_mlalgorithm"):
         return context
-    weeks: dict[int, Traffic] = {}
+    weeks: dict[int, Traffic] = defaultdict(Traffic)
     for algorithm in with_last_week(MLAlgorithm.objects.only("parent_endpoint")):
-        endpoint_id = algorithm.parent_endpoint_id
-        weeks[endpoint_id] = weeks.get(endpoint_id, Traffic()) + algorithm.week
+        weeks[algorithm.parent_endpoint_id] += algorithm.week
     endpoints = with_production(Endpoint.objects.order_by("name"))
     latest = MLAlgorithmStatus.objects.select_related("parent_mlalgorithm", "parent_endpoint").order_by("-id")[:10]
     return {
         **context,
         "endpoints": [
-            {"name": endpoint.name, "production": production_of(endpoint), "week": weeks.get(endpoint.pk, Traffic())}
+            {
+                "name": endpoint.name,
+                "production": production_of(endpoint),
+                "requests": f"{weeks[endpoint.pk].requests:,}",
+                "accuracy": weeks[endpoint.pk].accuracy,
+            }
             for endpoint in endpoints
         ],
         "latest_changes": {
