@@ -186,13 +186,12 @@ LOGGING = {
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "structured"}},
     "root": {"handlers": ["console"], "level": LOG_LEVEL},
     "loggers": {
-        "django": {"handlers": [], "level": LOG_LEVEL, "propagate": True},
+        # Django's lines for debugging hold SQL and, of a failure, every variable: customers.
+        "django": {"handlers": [], "level": "INFO" if LOG_LEVEL == "DEBUG" else LOG_LEVEL, "propagate": True},
         # Our own line per request replaces these; what an unforeseen failure's traceback says remains.
         "django.server": {"handlers": [], "level": "WARNING", "propagate": True},
         "django.request": {"level": "ERROR", "filters": ["failures"]},
         "django.security.DisallowedHost": {"level": "CRITICAL"},
-        # SQL would show customers.
-        "django.db.backends": {"level": "INFO"},
     },
 }
 
