@@ -138,11 +138,13 @@ SPECTACULAR_SETTINGS = {
     "VERSION": "1",
     "SCHEMA_PATH_PREFIX": "/api/v1",
     "SERVE_INCLUDE_SCHEMA": False,
+    "COMPONENT_SPLIT_REQUEST": True,
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "POSTPROCESSING_HOOKS": [
         "drf_spectacular.hooks.postprocess_schema_enums",
-        "apps.endpoints.openapi.add_examples_of_the_trained_table",
+        "apps.endpoints.openapi.describe_errors",
+        "apps.endpoints.openapi.describe_customers",
     ],
     "ENUM_NAME_OVERRIDES": {
         "LifecycleStatus": "apps.endpoints.models.Status",

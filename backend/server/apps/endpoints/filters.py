@@ -10,6 +10,7 @@ import django_filters
 from django import forms
 from django.core.exceptions import ValidationError
 from django_filters.fields import IsoDateTimeField
+from drf_spectacular.utils import extend_schema_field
 from rest_framework.exceptions import NotFound
 from rest_framework.pagination import Cursor, CursorPagination
 from rest_framework.request import Request
@@ -19,6 +20,7 @@ from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus, MLRequest, Req
 LARGEST_ID = 2**63 - 1
 
 
+@extend_schema_field({"type": "integer", "minimum": 1, "maximum": LARGEST_ID})
 class IdFilter(django_filters.NumberFilter):
     field_class = forms.IntegerField
 
@@ -26,6 +28,7 @@ class IdFilter(django_filters.NumberFilter):
         super().__init__(field_name, min_value=1, max_value=LARGEST_ID)
 
 
+@extend_schema_field({"type": "boolean"})
 class TrueOrFalseFilter(django_filters.TypedChoiceFilter):
     def __init__(self, field_name: str, **kwargs: Any):
         choices = [("true", "true"), ("false", "false")]

@@ -7,35 +7,61 @@ from typing import Any
 from django.conf import settings
 
 from apps.ml.artifacts import ArtifactError, newest_run
+from apps.ml.schema import BOOLEAN, CATEGORICAL, MAX_KEY_LENGTH, NUMERIC, Column, Schema
+
+_TYPES = {NUMERIC: "number", BOOLEAN: "boolean", CATEGORICAL: "string"}
 
 
-def add_examples_of_the_trained_table(result: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """Describe the predict body by the newest training run: its columns, and real customers as examples."""
+def describe_errors(result: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    """Whatever goes wrong, wherever: the same shape."""
+    error = {
+        "description": "Any other error has this shape, too.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    for operations in result["paths"].values():
+        for operation in operations.values():
+            operation["responses"]["default"] = error
+    return result
+
+
+def describe_customers(result: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    """The predict body by the newest training run: its columns, and real customers as examples."""
     try:
         run = newest_run(settings.ML_ARTIFACTS_DIR)
     except ArtifactError:
         return result
-    types = {"numeric": "number", "boolean": "boolean", "categorical": "string"}
-    customer = {
-        "type": "object",
-        "properties": {
-            column.name: {"type": [types[column.kind], "null"], "description": _described(column.mode)}
-            for column in run.schema.columns
-        },
-    }
-    result["components"]["schemas"]["Customer"] = customer
-    reference = {"$ref": "#/components/schemas/Customer"}
-    samples = [{k: v for k, v in s["row"].items() if v is not None} for s in run.manifest.get("samples", [])]
+    result["components"]["schemas"]["Customer"] = _customer(run.schema)
+    customer = {"$ref": "#/components/schemas/Customer"}
+    samples = [
+        {name: value for name, value in sample["row"].items() if value is not None}
+        for sample in run.manifest.get("samples", [])
+    ]
     for path, operations in result["paths"].items():
-        if path.endswith("/predict") and samples:
-            content = operations["post"]["requestBody"]["content"]["application/json"]
-            content["schema"] = {"oneOf": [reference, {"type": "array", "items": reference, "minItems": 1}]}
-            content["examples"] = {
-                "one customer": {"value": samples[0]},
-                "several customers": {"value": samples[:3]},
-            }
+        if not path.endswith("/predict"):
+            continue
+        for content_type, content in operations["post"]["requestBody"]["content"].items():
+            content["schema"] = customer
+            if samples:
+                content["examples"] = {"one customer": {"value": samples[0]}}
+            if content_type == "application/json":
+                content["schema"] = {"oneOf": [customer, {"type": "array", "items": customer, "minItems": 1}]}
+                if samples:
+                    content["examples"]["several customers"] = {"value": samples[:3]}
     return result
 
 
-def _described(mode: Any) -> str:
-    return f"May be left out; then the training mode, {mode}, stands for it."
+def _customer(schema: Schema) -> dict[str, Any]:
+    properties = {column.name: _described(column) for column in schema.columns}
+    properties |= {name: {"description": "Not looked at."} for name in sorted(schema.ignored)}
+    if schema.identifier:
+        properties[schema.identifier] = {
+            "oneOf": [{"type": "string", "maxLength": MAX_KEY_LENGTH}, {"type": "number"}],
+            "nullable": True,
+            "description": "Kept with the request, so that it is found again.",
+        }
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _described(column: Column) -> dict[str, Any]:
+    filled = f"May be left out; then the training mode, {column.mode}, stands for it."
+    return {"type": _TYPES[column.kind], "nullable": True, "description": filled}

@@ -62,7 +62,7 @@ class MLRequestSerializer(serializers.ModelSerializer):
             *("id", "input_data", "full_response", "response", "probability", "feedback", "customer_key"),
             *("latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
         ]
-        read_only_fields = [name for name in fields if name != "feedback"]
+        read_only_fields = fields
 
 
 @extend_schema_field({"oneOf": [{"type": "string"}, {"type": "integer"}, {"type": "boolean"}]})
@@ -109,10 +109,24 @@ class ABTestSerializer(serializers.ModelSerializer):
         validators: list[object] = []  # `abtests` judges, under a lock
 
 
-class WantedSerializer(serializers.Serializer):
-    """The query parameters that choose the algorithm."""
+class StoppedABTestSerializer(ABTestSerializer):
+    message = serializers.CharField(read_only=True, help_text="Whether this call stopped it, and the summary.")
 
-    status = serializers.CharField(required=False, max_length=128, help_text="Its lifecycle status.")
+    class Meta(ABTestSerializer.Meta):
+        fields = [*ABTestSerializer.Meta.fields, "message"]
+
+
+@extend_schema_field({"type": "string", "enum": [status.value for status in Status if status != Status.RETIRED]})
+class ServedStatusField(serializers.CharField):
+    """A status by which an algorithm can be asked for; `prediction` says which there are when it is none."""
+
+
+class WantedSerializer(serializers.Serializer):
+    """Which algorithm answers."""
+
+    status = ServedStatusField(
+        required=False, max_length=128, help_text="By default the setting PREDICT_DEFAULT_STATUS."
+    )
     version = serializers.CharField(required=False, max_length=128)
     algorithm = serializers.CharField(
         required=False, max_length=128, help_text="Its name or key, such as random_forest."
@@ -124,14 +138,16 @@ class WantedSerializer(serializers.Serializer):
 
 
 class BatchSerializer(WantedSerializer):
+    """A file of customers, and which algorithm answers."""
+
     file = serializers.FileField(allow_empty_file=True, help_text="A CSV with a header line.")
     endpoint = serializers.CharField(default=DEFAULT_ENDPOINT, max_length=128)
-    status = serializers.CharField(default=Status.PRODUCTION.value, max_length=128)
+    status = ServedStatusField(default=Status.PRODUCTION.value, max_length=128)
     format = serializers.ChoiceField(["json", "csv"], default="json")
 
 
 class AnswerSerializer(serializers.Serializer):
-    """For documentation: what `Answer.as_json` gives."""
+    """How likely the customer stays, and who says so."""
 
     probability = serializers.FloatField(help_text="That the customer stays, 0 to 1.")
     label = serializers.ChoiceField(["1", "0"], help_text='"1" (stays) above 0.5.')

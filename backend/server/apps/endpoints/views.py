@@ -7,7 +7,14 @@ from typing import Any
 from django.conf import settings
 from django.http import Http404, HttpResponse, QueryDict
 from django.utils import timezone
-from drf_spectacular.utils import OpenApiResponse, PolymorphicProxySerializer, extend_schema, extend_schema_view
+from drf_spectacular.utils import (
+    OpenApiExample,
+    OpenApiParameter,
+    OpenApiResponse,
+    PolymorphicProxySerializer,
+    extend_schema,
+    extend_schema_view,
+)
 from rest_framework import mixins, viewsets
 from rest_framework.exceptions import ParseError, UnsupportedMediaType
 from rest_framework.request import Request
@@ -32,8 +39,10 @@ from apps.endpoints.serializers import (
     MLAlgorithmSerializer,
     MLAlgorithmStatusSerializer,
     MLRequestSerializer,
+    StoppedABTestSerializer,
     WantedSerializer,
 )
+from apps.ml.registry import DEFAULT_ENDPOINT
 
 ID = "[0-9]{1,18}"
 BAD_REQUEST = OpenApiResponse(ErrorSerializer, description="What is wrong, and what to do.")
@@ -167,8 +176,13 @@ class PredictView(Api, APIView):
     """Will this customer stay? One object in, one answer out; a list in, a list out, in its order."""
 
     @extend_schema(
-        parameters=[WantedSerializer],
-        request={"application/json": {"type": "object", "additionalProperties": True}},
+        parameters=[
+            OpenApiParameter(
+                "endpoint_name", str, "path", examples=[OpenApiExample(DEFAULT_ENDPOINT, value=DEFAULT_ENDPOINT)]
+            ),
+            WantedSerializer,
+        ],
+        request={parser.media_type: {"type": "object"} for parser in APIView.parser_classes},
         responses={
             200: PolymorphicProxySerializer(
                 "AnswerOrList",
@@ -258,7 +272,7 @@ class StopABTestView(Api, APIView):
 
     permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
 
-    @extend_schema(request=None, responses={200: ABTestSerializer, 404: ErrorSerializer})
+    @extend_schema(request=None, responses={200: StoppedABTestSerializer, 404: ErrorSerializer})
     def post(self, request: Request, pk: int) -> Response:
         test = ABTest.objects.filter(pk=pk).first()
         if test is None:
