@@ -2,28 +2,61 @@
 
 import logging
 import os
+import signal
+import sys
+from pathlib import Path
 
-bind = f"127.0.0.1:{os.environ.get('PORT', '8000')}"
-workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
+chdir = str(Path(__file__).resolve().parent)
+sys.path.insert(0, chdir)
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "server.settings")
+
+from django.conf import settings  # noqa: E402
+from django.core.exceptions import ImproperlyConfigured  # noqa: E402
+
+from server import environment as env  # noqa: E402
+
+try:
+    # Before any process is started, so that a setting that cannot be read stops it with a sentence.
+    logconfig_dict = {
+        **settings.LOGGING,
+        "loggers": {**settings.LOGGING["loggers"], "gunicorn.error": {"level": "WARNING", "propagate": True}},
+    }
+    bind = f"127.0.0.1:{env.number('PORT', 8000)}"
+    workers = env.number("WEB_CONCURRENCY", 2)
+    threads = env.number("WEB_THREADS", 8)
+except ImproperlyConfigured as error:
+    sys.exit(str(error))
 worker_class = "gthread"
-threads = int(os.environ.get("WEB_THREADS", "8"))
+# A process that gives no sign of life for so long is replaced. A slow request does not count: it has a thread.
 timeout = 120
+# How long a stopping server goes on with the requests that it has accepted.
 graceful_timeout = 30
-keepalive = 30
-# One line per request is the application's own log.
+# Longer than nginx keeps its idle connections (60 s), so that it never writes into one that closes.
+keepalive = 75
+# The application logs one line per request itself.
 accesslog = None
-loglevel = "warning"
+# It would be one socket in the home folder for all of a user's servers.
+control_socket_disable = True
+
+
+def when_ready(server):
+    """In development a closed terminal ends the server; gunicorn takes that signal for a wish to reload."""
+    if settings.DEBUG:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def post_worker_init(worker):
-    """Say where to look, once the first worker has loaded the models."""
-    if worker.age != 1:
+    """Say where to look, once the first process has loaded the models; one that replaces it says nothing."""
+    if worker.age > 1:
         return
-    root = f"http://{bind}"
-    logging.getLogger("gunicorn.error").warning(
-        "\n\nServing on %s  (Ctrl-C stops it)\n"
-        "  API, to read and try   %s/api/docs\n"
-        "  Admin                  %s/admin/   (make admin creates the first user)\n"
-        "  Ready?                 %s/readyz\n",
-        *[root] * 4,
+    if not settings.DEBUG:
+        logging.getLogger("server").info("Serving on %s", ", ".join(worker.cfg.bind))
+        return
+    root = f"http://{worker.cfg.bind[0]}"
+    sys.stdout.write(
+        f"\nServing on {root}   (Ctrl-C stops it)\n"
+        f"  API, to read and try   {root}/api/docs\n"
+        f"  Admin                  {root}/admin/   (make admin creates the first user)\n"
+        f"  Ready?                 {root}/readyz\n\n"
     )
+    sys.stdout.flush()
