@@ -106,6 +106,14 @@ def postgresql_url() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database for a server of the test's own: the test runs once on each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'server.sqlite3'}"
+    return postgresql.new_database(request.getfixturevalue("postgresql_url"))
+
+
 @pytest.fixture
 def server(tmp_path: Path, trained: Path) -> Iterator[processes.Server]:
     """A real server in development mode on a fresh SQLite database."""

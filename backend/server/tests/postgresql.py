@@ -11,9 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psycopg
 
 HOW_TO_GET = "PostgreSQL is not installed; get it with: apt-get install postgresql"
 
@@ -58,6 +61,14 @@ def running() -> Iterator[str]:
             control("-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def new_database(url: str) -> str:
+    """The URL of a new, empty database on a running server."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(f"{url}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{url}/{name}"
 
 
 def free_port() -> int:

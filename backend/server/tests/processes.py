@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import requests
@@ -27,16 +28,18 @@ class Server:
 
     def kill(self) -> None:
         """kill -9 of every process of the server."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def stop(self) -> None:
+        """As a supervisor does it: requests that were accepted are answered first."""
         if self.process.poll() is None:
             self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.kill()
+        try:
+            self.process.wait(30)
+        finally:
+            self.kill()
 
     def get(self, path: str, **kwargs) -> requests.Response:
         return requests.get(self.url + path, timeout=30, **kwargs)
@@ -46,8 +49,15 @@ class Server:
 
 
 def environment(database_url: str, artifacts_dir: Path, **more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in {"DJANGO_SETTINGS_MODULE", "SECRET_KEY"}}
-    return {**kept, "DATABASE_URL": database_url, "ML_ARTIFACTS_DIR": str(artifacts_dir), **more}
+    """The environment of a server of its own: nothing of the test run's settings reaches it."""
+    return {**outside_world(), "DATABASE_URL": database_url, "ML_ARTIFACTS_DIR": str(artifacts_dir), **more}
+
+
+def outside_world() -> dict[str, str]:
+    """This process's environment without what settings, tests and make would read."""
+    ours = set(re.findall(r"^#? ?([A-Z_]+)=", (REPOSITORY / ".env.example").read_text(), re.MULTILINE))
+    ours |= {"DJANGO_SETTINGS_MODULE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VIRTUAL_ENV", "PYTHONPATH"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def manage(*arguments: str, env: dict[str, str], check: bool = True, **kwargs) -> subprocess.CompletedProcess:
@@ -75,17 +85,27 @@ def start(env: dict[str, str], log: Path, *, wait_for: str = "/livez", port: int
             start_new_session=True,
         )
     server = Server(process, f"http://127.0.0.1:{port}", log)
-    deadline = time.monotonic() + 60
+    try:
+        wait_until_answered(server.url + wait_for, process, log)
+    except BaseException:
+        server.kill()
+        raise
+    return server
+
+
+def wait_until_answered(url: str, process: subprocess.Popen, log: Path, seconds: float = 90) -> None:
+    """Return when an address answers 200. Raises RuntimeError when its process ends first, or time is over."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"The server stopped: {log.read_text()[-2000:]}")
         try:
-            if requests.get(server.url + wait_for, timeout=2).status_code == 200:
-                return server
+            if requests.get(url, timeout=5).status_code == 200:
+                return
         except requests.RequestException:
-            time.sleep(0.1)
-    server.kill()
-    raise RuntimeError(f"The server did not answer in time: {log.read_text()[-2000:]}")
+            pass
+        time.sleep(0.05)
+    raise RuntimeError(f"{url} did not answer 200 in time: {log.read_text()[-2000:]}")
 
 
 @contextmanager

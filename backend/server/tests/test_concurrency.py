@@ -1,0 +1,127 @@
+"""Two processes, many clients: one production algorithm at any time, and every process knows which."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests import processes
+from tests.processes import Server
+
+pytestmark = pytest.mark.whole
+
+ROUNDS = 20
+PRODUCTION = "/api/v1/classifier/predict?status=production"
+
+
+@pytest.fixture
+def two_workers(database_url: str, trained: Path, tmp_path: Path) -> Iterator[Server]:
+    env = processes.environment(database_url, trained, DEBUG="1", WEB_CONCURRENCY="2", LOG_LEVEL="WARNING")
+    processes.manage("migrate", env=env)
+    with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
+        yield server
+
+
+@pytest.fixture
+def ids(two_workers: Server) -> dict[str, int]:
+    """Each algorithm's id, by name."""
+    return {algorithm["name"]: algorithm["id"] for algorithm in two_workers.get("/api/v1/mlalgorithms").json()}
+
+
+def set_status(server: Server, algorithm: int, status: str, by: str) -> requests.Response:
+    body = {"status": status, "created_by": by, "parent_mlalgorithm": algorithm}
+    return server.post("/api/v1/mlalgorithmstatuses", json=body)
+
+
+def in_production(server: Server) -> list[str]:
+    return [algorithm["name"] for algorithm in server.get("/api/v1/mlalgorithms?status=production").json()]
+
+
+@dataclass
+class Predicting:
+    """Clients that predict all the while. `answers`: when each was asked and answered, the HTTP status, by whom."""
+
+    server: Server
+    customer: dict
+    clients: int = 3
+    answers: list[tuple[float, float, int, str]] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Predicting:
+        self.pool = ThreadPoolExecutor(self.clients)
+        self.running = [self.pool.submit(self.predict) for _ in range(self.clients)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.pool.shutdown()
+        for client in self.running:
+            client.result()
+
+    def predict(self) -> None:
+        while not self.done.is_set():
+            asked = time.monotonic()
+            response = self.server.post(PRODUCTION, json=self.customer)  # a new connection, so to any process
+            self.answers.append((asked, time.monotonic(), response.status_code, response.json().get("algorithm")))
+
+
+@dataclass
+class Round:
+    """Between two moments some promote, each a different algorithm; afterwards one of them holds production."""
+
+    began: float
+    ended: float
+    contenders: tuple[str, ...]
+    winner: str
+
+
+def may_answer(rounds: list[Round], asked: float, answered: float) -> set[str]:
+    """Who may answer a request: who held production when it was asked, and whoever was promoted meanwhile."""
+    settled = [past.winner for past in rounds if past.ended <= asked][-1]
+    return {settled}.union(*(each.contenders for each in rounds if each.began < answered and each.ended > asked))
+
+
+def test_two_clients_promoting_at_once_leave_one_production_algorithm_and_break_no_prediction(
+    two_workers, ids, customer
+):
+    pairs = [("extra trees", "decision tree"), ("decision tree", "random forest"), ("random forest", "extra trees")]
+    rounds = [Round(0, 0, (), "random forest")]
+    with Predicting(two_workers, customer) as clients, ThreadPoolExecutor(2) as pool:
+        for number in range(ROUNDS):
+            contenders = pairs[number % len(pairs)]
+            together = threading.Barrier(2)
+
+            def promote(name: str, together: threading.Barrier = together) -> int:
+                together.wait()
+                return set_status(two_workers, ids[name], "production", by=name).status_code
+
+            began = time.monotonic()
+            assert list(pool.map(promote, contenders)) == [201, 201]
+            ended = time.monotonic()
+
+            (winner,) = in_production(two_workers)
+            assert winner in contenders
+            rounds.append(Round(began, ended, contenders, winner))
+            # Both are acknowledged, so from now on every process answers with the one that came last.
+            later = [two_workers.post(PRODUCTION, json=customer).json()["algorithm"] for _ in range(6)]
+            assert later == [winner] * 6
+
+    assert len(clients.answers) > ROUNDS
+    assert {status for _, _, status, _ in clients.answers} == {200}
+    wrong = [answer for answer in clients.answers if answer[3] not in may_answer(rounds, answer[0], answer[1])]
+    assert wrong == []
+
+    history = two_workers.get("/api/v1/mlalgorithmstatuses").json()
+    active = [row for row in history if row["active"]]
+    assert sorted(row["parent_mlalgorithm"] for row in active) == sorted(ids.values())
+    assert [row["status"] for row in active].count("production") == 1
+    promotions = [row["created_by"] for row in history if row["status"] == "production"]
+    assert sorted(promotions[1:]) == sorted(name for each in rounds for name in each.contenders)
+    assert "Traceback" not in two_workers.log.read_text()

@@ -1,0 +1,112 @@
+"""An answer that a client received is in the database, however the server ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests import processes
+from tests.processes import Server
+
+pytestmark = pytest.mark.whole
+
+CLIENTS = 6
+KILLINGS = 2
+
+
+@dataclass
+class Load:
+    """Clients that predict until the server is gone. `acknowledged`: each request's id and probability."""
+
+    server: Server
+    acknowledged: dict[int, float] = field(default_factory=dict)
+    refused: list[int] = field(default_factory=list)
+    broken: list[Exception] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Load:
+        self.pool = ThreadPoolExecutor(CLIENTS)
+        self.running = [self.pool.submit(self.predict, number) for number in range(CLIENTS)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.pool.shutdown()
+        for client in self.running:
+            client.result()
+
+    def predict(self, number: int) -> None:
+        """Half of the clients keep their connection; each customer differs, and so do the probabilities."""
+        session = requests.Session() if number % 2 else requests
+        customer = {"Plan": "basic", "MeanGapDays": 31.5, "Newsletter": True}
+        for count in range(100_000):
+            if self.done.is_set():
+                return
+            asked = {**customer, "Orders": count % 40 + 1, "RecencyDays": (count * 7 + number * 11) % 365}
+            try:
+                response = session.post(
+                    f"{self.server.url}/api/v1/classifier/predict?status=production", json=asked, timeout=30
+                )
+                answer = response.json()
+            except requests.RequestException as error:
+                self.broken.append(error)
+                return
+            if response.status_code == 200:
+                self.acknowledged[answer["request_id"]] = answer["probability"]
+            else:
+                self.refused.append(response.status_code)
+
+    def wait_for(self, answers: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(self.acknowledged) < answers and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(self.acknowledged) >= answers
+
+
+def logged(env: dict[str, str], folder: Path) -> dict[int, float]:
+    """Every request in the database and its probability, as a new server lists them."""
+    found, page = {}, {"next": "/api/v1/mlrequests?page_size=1000"}
+    with processes.running({**env, "WEB_CONCURRENCY": "1"}, folder / "after.log", wait_for="/readyz") as server:
+        while page["next"]:
+            page = server.get(page["next"].removeprefix(server.url)).json()
+            found |= {row["id"]: row["probability"] for row in page["results"]}
+    return found
+
+
+def test_after_kill_9_of_every_process_no_acknowledged_answer_is_missing(database_url, trained, tmp_path):
+    env = processes.environment(database_url, trained, DEBUG="1", LOG_LEVEL="WARNING")
+    processes.manage("migrate", env=env)
+    acknowledged: dict[int, float] = {}
+    for killing in range(KILLINGS):
+        server = processes.start(env, tmp_path / f"server{killing}.log", wait_for="/readyz")
+        try:
+            with Load(server) as load:
+                load.wait_for(200)
+                server.kill()
+        finally:
+            server.kill()
+        assert load.refused == []
+        assert acknowledged.keys().isdisjoint(load.acknowledged)
+        acknowledged |= load.acknowledged
+
+    found = logged(env, tmp_path)
+    assert {pk: found.get(pk) for pk in acknowledged} == acknowledged
+    # What was recorded and could not be answered any more: at most one request of each client and killing.
+    assert len(found) - len(acknowledged) <= CLIENTS * KILLINGS
+
+
+def test_a_server_that_is_told_to_stop_answers_every_request_that_it_records(trained, tmp_path):
+    env = processes.environment(f"sqlite:///{tmp_path / 'server.sqlite3'}", trained, DEBUG="1", LOG_LEVEL="WARNING")
+    processes.manage("migrate", env=env)
+    with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server, Load(server) as load:
+        load.wait_for(200)
+        server.stop()
+
+    assert load.refused == []
+    assert logged(env, tmp_path) == load.acknowledged
