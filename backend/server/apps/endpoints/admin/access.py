@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -90,6 +91,13 @@ class AuthTokenAdmin(HistoryAdmin):
 
     def response_add(self, request: HttpRequest, obj: AuthToken, post_url_continue: str | None = None) -> HttpResponse:
         return self.response_post_save_add(request, obj)
+
+    def get_deleted_objects(
+        self, objs: Iterable[AuthToken], request: HttpRequest
+    ) -> tuple[list[str], dict[str, int], set[str], list[str]]:
+        # A token's own name is its digest, 128 characters long.
+        named = [f"{self.key_prefix(token)} of {token.user}" for token in objs]
+        return named, {"tokens": len(named)}, set(), []
 
     @admin.display(description="Starts with")
     def key_prefix(self, token: AuthToken) -> str:
