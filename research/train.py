@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import environ
 import numpy as np
 import pandas as pd
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
@@ -35,6 +36,7 @@ RESEARCH = Path(__file__).resolve().parent
 for _folder in (RESEARCH, RESEARCH.parent / "backend" / "server"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
+environ.Env.read_env(RESEARCH.parent / ".env")  # where the server finds ML_ARTIFACTS_DIR too
 
 import evaluation  # noqa: E402
 from apps.ml import artifacts  # noqa: E402

@@ -119,6 +119,19 @@ def test_a_dotenv_file_is_read_and_the_environment_has_the_last_word(tmp_path):
     assert settings["DATABASES"]["default"]["NAME"] == str(tmp_path / "data/r.sqlite3")
 
 
+@pytest.mark.whole
+def test_training_writes_to_the_folder_that_a_dotenv_file_gives_the_server(tmp_path, customers_csv):
+    ignored = shutil.ignore_patterns("tests", "__pycache__", "*.ipynb", "artifacts", "data")
+    shutil.copytree(REPOSITORY / "research", tmp_path / "research", ignore=ignored)
+    shutil.copytree(BACKEND / "apps", tmp_path / "backend/server/apps", ignore=ignored)
+    (tmp_path / ".env").write_text("ML_ARTIFACTS_DIR=models\n")
+    command = [sys.executable, str(tmp_path / "research/train.py"), "--data", str(customers_csv)]
+
+    subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, cwd="/", check=True, capture_output=True)
+
+    assert (tmp_path / "models/1.0.0/manifest.json").is_file()
+
+
 # --- Nonsense is refused --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "value", "words"),
