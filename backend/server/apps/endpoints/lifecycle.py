@@ -36,7 +36,9 @@ def register(
 
     Only the algorithms of an endpoint's first training run start with `status`. A later version starts in
     `testing`, so that registering it never changes who answers. details: the other fields of MLAlgorithm.
+    Raises LifecycleError for a status that cannot be set.
     """
+    _check_settable(status)
     with transaction.atomic():
         endpoint, _ = Endpoint.objects.get_or_create(name=endpoint_name, defaults={"owner": owner, "created_at": now})
         lock(endpoint.pk)
@@ -58,8 +60,7 @@ def set_status(algorithm: MLAlgorithm, status: str, *, by: str, now: datetime) -
 
     Raises LifecycleError for a status that cannot be set, TestRunning while an A/B test forbids it.
     """
-    if status not in SETTABLE:
-        raise LifecycleError(f"status must be one of {', '.join(SETTABLE)}, not {status!r}.")
+    _check_settable(status)
     with transaction.atomic():
         lock(algorithm.parent_endpoint_id)
         test = ABTest.objects.running().filter(parent_endpoint_id=algorithm.parent_endpoint_id).first()
@@ -96,3 +97,8 @@ def in_production(endpoint_id: int) -> MLAlgorithm | None:
     return MLAlgorithm.objects.filter(
         parent_endpoint_id=endpoint_id, statuses__active=True, statuses__status=Status.PRODUCTION
     ).first()
+
+
+def _check_settable(status: str) -> None:
+    if status not in SETTABLE:
+        raise LifecycleError(f"status must be one of {', '.join(SETTABLE)}, not {status!r}.")
