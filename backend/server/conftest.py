@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from django.core.signals import request_finished, request_started
+from django.db import close_old_connections
 from rest_framework.test import APIClient
 
 from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus
 from apps.ml.registry import registry
+from server.handler import Handler
 from tests import postgresql, processes
 
 
@@ -78,6 +82,25 @@ def api(settings) -> APIClient:
     """A client in development: no token, from this machine."""
     settings.DEBUG = True
     return APIClient()
+
+
+@pytest.fixture
+def application(db) -> Callable[..., list[bytes]]:
+    """The WSGI application. Like Django's own test client it leaves the test's database connection open."""
+    handler = Handler()
+
+    def answer(environ: dict[str, object], start_response: Callable[..., object]) -> list[bytes]:
+        signals = (request_started, request_finished)
+        for signal in signals:
+            signal.disconnect(close_old_connections)
+        try:
+            with closing(handler(environ, start_response)) as response:
+                return list(response)
+        finally:
+            for signal in signals:
+                signal.connect(close_old_connections)
+
+    return answer
 
 
 @pytest.fixture

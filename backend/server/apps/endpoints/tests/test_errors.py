@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from apps.endpoints.models import MLRequest
-from server.handler import Handler
 
 PREDICT = "/api/v1/classifier/predict"
 WRITES = [
@@ -55,7 +54,7 @@ def answered(api, algorithms, customer) -> int:
 
 
 @pytest.fixture
-def wsgi(api):
+def wsgi(api, application):
     """Send a request as a server hands it to the application, headers and body as broken as they may be."""
 
     def send(body: bytes = b"", **environ: str) -> tuple[int, dict]:
@@ -79,11 +78,8 @@ def wsgi(api):
             "wsgi.multiprocess": True,
             "wsgi.run_once": False,
         }
-        response = Handler()({**base, **environ}, lambda status, headers: answer.update(status=int(status.split()[0])))
-        try:
-            return answer["status"], json.loads(b"".join(response))
-        finally:
-            response.close()
+        chunks = application({**base, **environ}, lambda status, headers: answer.update(status=int(status.split()[0])))
+        return answer["status"], json.loads(b"".join(chunks))
 
     return send
 
@@ -310,7 +306,7 @@ ANY_VALUE = st.recursive(
 ANY_OBJECT = st.dictionaries(st.sampled_from(FIELDS) | ANY_TEXT, ANY_VALUE, max_size=5)
 ANY_BODY = ANY_OBJECT | st.lists(ANY_OBJECT, max_size=4) | ANY_VALUE
 ENCODABLE = st.text(st.characters(codec="utf-8"), max_size=12)
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class TestAnything:

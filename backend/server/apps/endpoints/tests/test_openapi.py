@@ -19,7 +19,6 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from apps.endpoints.models import MLRequest
-from server.handler import Handler
 
 PREDICT = "/api/v1/{endpoint_name}/predict"
 
@@ -141,13 +140,12 @@ def existing(api, algorithms, customer) -> dict[str, int | str]:
 
 
 @pytest.fixture
-def api_schema(api, algorithms, settings):
+def api_schema(api, algorithms, application, settings):
     settings.ALLOWED_HOSTS = ["localhost", "testserver"]
     settings.PREDICT_DEFAULT_STATUS = "production"
-    handler = Handler()
     return schemathesis.openapi.from_wsgi(
         "/api/schema?format=json",
-        lambda environ, start_response: handler({**environ, "REMOTE_ADDR": "127.0.0.1"}, start_response),
+        lambda environ, start_response: application({**environ, "REMOTE_ADDR": "127.0.0.1"}, start_response),
         config=SchemathesisConfig(projects=ProjectsConfig(default=ProjectConfig(generation=TWENTY_EXAMPLES))),
     )
 
