@@ -540,7 +540,7 @@ def _matrix(schema: Schema, frame: pd.DataFrame) -> np.ndarray:
     features = frame[list(schema.names)]
     starts = range(0, len(features), _ROWS_AT_A_TIME)
     blocks = (features.iloc[start : start + _ROWS_AT_A_TIME] for start in starts)
-    encoded = [schema.align(rows_of(block)).matrix for block in _progress(blocks, "Encoding", len(starts))]
+    encoded = [schema.align_table(block).matrix for block in _progress(blocks, "Encoding", len(starts))]
     return np.concatenate(encoded)
 
 
