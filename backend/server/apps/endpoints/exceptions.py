@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
-from django.core.exceptions import PermissionDenied, RequestDataTooBig, SuspiciousOperation
+from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from django.db import InterfaceError, OperationalError
-from django.http import Http404
 from rest_framework import exceptions, status
 from rest_framework.response import Response
 from rest_framework.views import exception_handler as drf_exception_handler
@@ -44,12 +44,10 @@ HTTP_STATUS: list[tuple[type[Exception], int]] = [
 
 class PayloadTooLarge(exceptions.APIException):
     status_code = status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
-    default_code = "too_large"
 
 
 class LengthRequired(exceptions.APIException):
     status_code = status.HTTP_411_LENGTH_REQUIRED
-    default_code = "length_required"
     default_detail = "Send the body whole, with its size in the header Content-Length, not in chunks."
 
 
@@ -70,23 +68,22 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     response = drf_exception_handler(error, context)
     if response is None:
         return None
-    headers = {
-        name: response[name] for name in ("WWW-Authenticate", "Retry-After", "Allow") if response.has_header(name)
-    }
     if isinstance(error, exceptions.ValidationError):
-        return _answer(response.status_code, *_summary(_flatten(error.detail)), headers=headers)
-    if isinstance(error, (Http404, PermissionDenied)):
-        return _answer(response.status_code, str(error) or response.data["detail"], headers=headers)
-    return _answer(response.status_code, str(response.data["detail"]), headers=headers)
+        response.data = _body(*_summary(_flatten(error.detail)))
+    else:
+        response.data = _body(str(response.data["detail"]))
+    return response
 
 
-def _answer(
-    code: int, message: str, errors: list[dict[str, Any]] | None = None, headers: dict[str, str] | None = None
-) -> Response:
+def _answer(code: int, message: str, errors: Sequence[dict[str, Any]] = ()) -> Response:
+    return Response(_body(message, errors), status=code)
+
+
+def _body(message: str, errors: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     body: dict[str, Any] = {"status": "Error", "message": _printable(message)}
     if errors:
         body["errors"] = [{name: _printable(value) for name, value in error.items()} for error in errors]
-    return Response(body, status=code, headers=headers)
+    return body
 
 
 def _printable(value: Any) -> Any:

@@ -153,10 +153,7 @@ class MLRequestViewSet(Api, viewsets.ReadOnlyModelViewSet):
         logged = self.get_object()
         serializer = FeedbackSerializer(
             data=request.data,
-            context={
-                "current": MLRequestSerializer(logged).data,
-                "is_form": _is_form(request),
-            },
+            context={"current": MLRequestSerializer(logged).data, "is_form": _is_form(request)},
         )
         serializer.is_valid(raise_exception=True)
         try:
