@@ -17,7 +17,6 @@ from rest_framework.test import APIClient
 
 from apps.endpoints.models import ABTest, FeedbackChange, MLAlgorithmStatus, MLRequest
 from conftest import status_of
-from tests import processes
 
 PREDICT = "/api/v1/classifier/predict?status=production"
 STATUS_PERMISSION = "add_mlalgorithmstatus"
@@ -335,31 +334,3 @@ def test_the_short_addresses_lead_on(client, db, settings, debug):
     assert client.get("/")["Location"] == "/api/docs"
     assert client.get("/admin")["Location"] == "/admin/"
     assert Client(raise_request_exception=False).post("/admin").status_code == 302
-
-
-# --- A real server ----------------------------------------------------------------------------------------------------
-@pytest.mark.whole
-def test_a_real_production_server_answers_who_has_a_token_and_nobody_else(tmp_path, trained, customer):
-    env = processes.environment(
-        f"sqlite:///{tmp_path / 'p.sqlite3'}",
-        trained,
-        DEBUG="0",
-        SECRET_KEY="a-long-and-random-key-of-67-characters-0123456789-abcdefghijklmnopq",
-        ALLOWED_HOSTS="127.0.0.1",
-        SECURE_SSL_REDIRECT="0",
-    )
-    processes.manage("migrate", env=env)
-    secret = processes.manage("create_token", "ann", "--create-user", env=env).stdout.strip()
-    authorized = {"Authorization": f"Token {secret}"}
-    with processes.running(env, tmp_path / "log", wait_for="/readyz") as server:
-        refused = server.post(PREDICT, json=customer)
-        assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Token"
-        assert server.post(PREDICT, json=customer, headers=authorized).json()["status"] == "OK"
-        statuses = "/api/v1/mlalgorithmstatuses"
-        change = {"status": "production", "parent_mlalgorithm": 2}
-        assert server.post(statuses, json=change, headers=authorized).status_code == 403
-        assert server.get("/livez").status_code == server.get("/readyz").status_code == 200
-        assert server.get("/livez", headers={"Host": "10.0.3.7:8000"}).status_code == 200
-        assert server.get("/api/v1/endpoints", headers={"Host": "10.0.3.7:8000"}).status_code == 400
-    log = (tmp_path / "log").read_text()
-    assert secret not in log and "Traceback" not in log

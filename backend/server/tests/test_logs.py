@@ -273,4 +273,3 @@ def test_the_level_and_the_format_are_settings(tmp_path, trained):
 
     assert "[info     ] an event" in said() and "rows=3" in said()
     assert said(LOG_LEVEL="WARNING") == ""
-    assert json.loads(said(LOG_FORMAT="json"))["rows"] == 3
