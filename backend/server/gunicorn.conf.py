@@ -40,9 +40,14 @@ control_socket_disable = True
 
 
 def when_ready(server):
-    """In development a closed terminal ends the server; gunicorn takes that signal for a wish to reload."""
+    """In development a closed terminal ends the server as Ctrl-C does; to gunicorn its signal says: reload."""
     if settings.DEBUG:
-        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+
+def worker_int(worker):
+    """Ctrl-C ends at once, also while a client is slow to send; SIGTERM is what lets requests end first."""
+    os._exit(0)
 
 
 def post_worker_init(worker):

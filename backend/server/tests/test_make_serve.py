@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,9 +68,13 @@ class Started:
     """A command that goes on until it is told to end, in a process group of its own as a terminal has it."""
 
     process: subprocess.Popen
-    url: str
+    port: int
     log: Path
     seconds: float = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)
@@ -102,7 +107,7 @@ def started(command: list[str], cwd: Path, log: Path, port: int, **env: str) -> 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    running = Started(process, f"http://127.0.0.1:{port}", log)
+    running = Started(process, port, log)
     try:
         yield running
     finally:
@@ -133,8 +138,11 @@ def first_start(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What `make serve` says from a fresh clone until Ctrl-C."""
     log = tmp_path_factory.mktemp("first start") / "log"
     with serving(clone, log, PATH=path_without("uv")) as running:
-        running.signal(signal.SIGINT)
-        assert running.is_gone()
+        with socket.create_connection(("127.0.0.1", running.port)) as slow_client:
+            slow_client.sendall(b"POST /api/v1/classifier/predict HTTP/1.1\r\nHost: localhost\r\n")
+            time.sleep(0.5)
+            running.signal(signal.SIGINT)
+            assert running.is_gone(within=10)
         with pytest.raises(requests.ConnectionError):
             running.get("/livez")
     return log.read_text()
@@ -236,6 +244,22 @@ def test_static_files_are_served(second_start):
     assert {file: second_start.get(file).status_code for file in files} == dict.fromkeys(files, 200)
 
 
+@pytest.mark.parametrize("address", ["/api/v1/classifier/predict", "/api/v1/batch-predict"])
+def test_a_body_that_is_too_large_is_refused_so_that_the_sender_sees_it(second_start, address):
+    class Endless:
+        """Far more than the limit; gunicorn must read on for a while, or the sender sees a reset only."""
+
+        def __len__(self) -> int:
+            return 200 * 2**20
+
+        def read(self, size: int) -> bytes:
+            return b" " * size
+
+    response = requests.post(second_start.url + address, data=Endless(), timeout=60)
+    assert response.status_code == 413
+    assert "209,715,200 bytes" in response.json()["message"]
+
+
 def test_a_worker_that_dies_is_replaced_and_the_addresses_are_not_printed_again(second_start):
     gunicorn = children(second_start.process.pid)
     (master,) = gunicorn
@@ -263,9 +287,8 @@ def sentences(done: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_a_busy_port_is_refused_in_one_sentence(installed, second_start):
-    port = second_start.url.rpartition(":")[2]
-    assert sentences(make(installed, "serve", f"PORT={port}")) == [
-        f"Port {port} is in use by another program. Choose another: make serve PORT=8080"
+    assert sentences(make(installed, "serve", f"PORT={second_start.port}")) == [
+        f"Port {second_start.port} is in use by another program. Choose another: make serve PORT=8080"
     ]
 
 
