@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -106,6 +107,13 @@ def application(db) -> Callable[..., list[bytes]]:
 @pytest.fixture
 def customer() -> dict[str, object]:
     return {"Plan": "basic", "Orders": 4, "RecencyDays": 20.0, "MeanGapDays": 31.5, "Newsletter": True}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each reason to skip, which says what to do, however many tests it skips."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, number in reasons.items():
+        terminalreporter.write_line(f"Skipped {number} of the tests: {reason.removeprefix('Skipped: ')}")
 
 
 def status_of(algorithm: MLAlgorithm) -> str:
