@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import joblib
-import psycopg
 import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.tree import DecisionTreeClassifier as Tree
@@ -28,7 +25,6 @@ from apps.ml.classifier.extra_trees import ExtraTreesClassifier
 from apps.ml.classifier.random_forest import RandomForestClassifier
 from apps.ml.registry import MLRegistry, registry
 from conftest import status_of
-from tests import processes
 
 PREDICT = "/api/v1/classifier/predict"
 
@@ -434,52 +430,6 @@ def test_a_fourth_algorithm_is_a_class_a_line_that_registers_and_one_that_trains
         assert scored["probability"] == sample["probabilities"]["gradient_boosting"]
     lifecycle.set_status(algorithm("gradient_boosting", "1.1.0"), "production", by="ann", now=datetime.now(UTC))
     assert api.post(f"{PREDICT}?status=production", customer).json()["algorithm"] == "gradient boosting"
-
-
-# --- real processes
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'db.sqlite3'}"
-    server = request.getfixturevalue("postgresql_url")
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute("DROP DATABASE IF EXISTS registry")
-        connection.execute("CREATE DATABASE registry")
-    return f"{server}/registry"
-
-
-def start(number, env):
-    """Start processes at once, each as a WSGI server does; returns what each found registered when it had started."""
-    code = """
-import json
-from server.wsgi import application
-from apps.endpoints.models import MLAlgorithmStatus
-from apps.ml.registry import registry
-assert set(registry.endpoints) == set(MLAlgorithmStatus.objects.values_list("parent_mlalgorithm", flat=True))
-found = MLAlgorithmStatus.objects.values_list("parent_mlalgorithm__key", "parent_mlalgorithm__version", "status")
-print(json.dumps(sorted(found)))
-"""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], cwd=processes.BACKEND, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for _ in range(number)
-    ]
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0] * number, outputs
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-
-
-@pytest.mark.whole
-def test_four_processes_that_start_at_once_register_one_set_of_rows(database_url, artifacts_dir):
-    env = processes.environment(database_url, artifacts_dir, DEBUG="1")
-    processes.manage("migrate", env=env)
-
-    assert start(4, env) == [sorted([*key, status] for key, status in OUT_OF_THE_BOX.items())] * 4
-    retrain(artifacts_dir)
-    assert start(1, env) == [sorted([*key, status] for key, status in RETRAINED.items())]
 
 
 def test_the_class_that_answers_is_the_one_of_the_rows_key(algorithms):
