@@ -100,6 +100,14 @@ artifacts.write_run(Path(sys.argv[1]), "1.1.0", {"first.txt": "x", "last.joblib"
     assert write(tmp_path, "1.1.0").version == "1.1.0"
 
 
+def test_a_run_that_did_not_get_its_name_yet_is_none(tmp_path, caplog):
+    run = write(tmp_path, "1.0.0")
+    shutil.copytree(run.folder, tmp_path / ".1.1.0-half")
+
+    assert [run.version for run in training_runs(tmp_path)] == ["1.0.0"]
+    assert caplog.text == ""
+
+
 class WaitsWhenSaved:
     """Two that share a barrier are both half-way at the same time."""
 

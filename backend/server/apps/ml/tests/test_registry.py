@@ -256,11 +256,13 @@ def test_classifiers_are_let_go_while_others_are_being_loaded(algorithms):
     threads = [threading.Thread(target=keep_loading) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for served in [{rows[0].pk}, {rows[1].pk}, set()] * 30:
-        own.unload_all_but(endpoint, served)
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for served in [{rows[0].pk}, {rows[1].pk}, set()] * 30:
+            own.unload_all_but(endpoint, served)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
     assert not failures
 
