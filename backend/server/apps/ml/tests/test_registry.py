@@ -216,10 +216,12 @@ def test_a_row_is_loaded_by_a_process_that_did_not_register_it(algorithms, custo
     assert set(other_process.endpoints) == {row.pk for row in algorithms.values()}
 
 
-def test_threads_that_ask_at_once_load_each_model_once(monkeypatch, algorithms, customer):
+def test_threads_that_ask_at_once_construct_and_load_each_model_once(monkeypatch, algorithms):
+    """Reading manifests and models is slowed down, so that all threads ask while the first is still at it."""
     loaded = []
-    load = joblib.load
+    load, loads = joblib.load, json.loads
     monkeypatch.setattr(joblib, "load", lambda file: loaded.append(file) or time.sleep(0.05) or load(file))
+    monkeypatch.setattr(json, "loads", lambda *args, **kwargs: time.sleep(0.02) or loads(*args, **kwargs))
     other_process = MLRegistry()
     barrier = threading.Barrier(9)
     found = []
