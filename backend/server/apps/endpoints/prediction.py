@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -47,6 +48,12 @@ class Wanted:
     status: str | None = None
     version: str | None = None
     algorithm: str | None = None
+    default_status: str | None = None
+
+    @property
+    def unless_named(self) -> str:
+        """The status that decides when nothing else does."""
+        return self.default_status or settings.PREDICT_DEFAULT_STATUS
 
     @property
     def names_one(self) -> bool:
@@ -123,14 +130,14 @@ def choose(endpoint_name: str, wanted: Wanted, *, in_test: bool = True) -> Choic
             or (asked == Status.PRODUCTION and status.parent_mlalgorithm_id == status.champion_id)
         ]
 
-    asked = wanted.status or (None if wanted.names_one else settings.PREDICT_DEFAULT_STATUS)
+    asked = wanted.status or (None if wanted.names_one else wanted.unless_named)
     test_id, champion_id = served[0].test_id, served[0].champion_id
     joins_test = test_id and in_test and not wanted.names_one
     if joins_test and (asked == Status.AB_TESTING or (asked == Status.PRODUCTION and champion_id)):
         return Choice(fitting(Status.AB_TESTING), test_id)
     matches = fitting(asked)
     if len(matches) > 1 and asked is None:
-        matches = fitting(settings.PREDICT_DEFAULT_STATUS) or matches
+        matches = fitting(wanted.unless_named) or matches
     if len(matches) == 1:
         return Choice(matches)
     on_offer = "; ".join(
@@ -171,6 +178,7 @@ def score(choice: Choice, rows: Sequence[Mapping[str, Any]], *, now: datetime, a
 
     Raises Unavailable, InputError.
     """
+    choice = _without_a_broken_arm(choice)
     arms = [abtests.choose_arm(choice.algorithms) for _ in rows]
     requests: dict[int, MLRequest] = {}
     problems: list[Problem] = []
@@ -200,6 +208,18 @@ def score(choice: Choice, rows: Sequence[Mapping[str, Any]], *, now: datetime, a
         )
         for request in in_order
     ]
+
+
+def _without_a_broken_arm(choice: Choice) -> Choice:
+    """A test whose one arm cannot be loaded breaks no caller: the other arm answers alone, outside the test."""
+    if choice.test_id is None:
+        return choice
+    able = []
+    for algorithm in choice.algorithms:
+        with suppress(Unavailable):
+            classifier_of(algorithm)
+            able.append(algorithm)
+    return Choice(able) if len(able) == 1 else choice
 
 
 def _scored(algorithm: MLAlgorithm, rows: Sequence[Mapping[str, Any]], as_text: bool) -> list[MLRequest]:

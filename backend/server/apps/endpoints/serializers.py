@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from drf_spectacular.utils import extend_schema_field
@@ -142,8 +143,11 @@ class BatchSerializer(WantedSerializer):
 
     file = serializers.FileField(allow_empty_file=True, help_text="A CSV with a header line.")
     endpoint = serializers.CharField(default=DEFAULT_ENDPOINT, max_length=128)
-    status = ServedStatusField(default=Status.PRODUCTION.value, max_length=128)
+    status = ServedStatusField(required=False, max_length=128, help_text="By default production.")
     format = serializers.ChoiceField(["json", "csv"], default="json")
+
+    def wanted(self) -> Wanted:
+        return replace(super().wanted(), default_status=Status.PRODUCTION)
 
 
 class AnswerSerializer(serializers.Serializer):

@@ -298,6 +298,20 @@ class TestWhileItRuns:
         with django_assert_num_queries(2):
             ask(api, customer, "production", 50)
 
+    def test_an_arm_that_cannot_be_loaded_any_more_breaks_no_caller(
+        self, api, forest, tree, customer, artifacts_dir, settings
+    ):
+        begin(api, forest, tree)
+        settings.ML_ARTIFACTS_DIR = artifacts_dir
+        (artifacts_dir / "1.0.0" / "decision_tree.joblib").write_bytes(b"damaged")
+        registry.clear()
+
+        answers = ask(api, customer, "production", 12)
+
+        assert {answer["algorithm"] for answer in answers} == {"random forest"}
+        logged = MLRequest.objects.filter(pk__in=[answer["request_id"] for answer in answers])
+        assert not logged.exclude(abtest=None).exists()
+
 
 class TestStopping:
     def test_promotes_the_more_accurate_and_returns_the_other_to_testing(self, api, algorithms, forest, tree, customer):

@@ -310,6 +310,9 @@ class TestWhoAnswers:
             ({"status": ""}, "random_forest"),
             ({"status": "testing", "version": "1.0.0"}, "decision_tree"),
             ({"version": "", "algorithm": "", "endpoint": ""}, "random_forest"),
+            ({"version": "1.0.0"}, "random_forest"),
+            ({"algorithm": "extra_trees"}, "extra_trees"),
+            ({"version": "1.0.0", "algorithm": "decision_tree"}, "decision_tree"),
         ]:
             answers = upload(api, THREE, **fields).json()
 
