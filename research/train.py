@@ -399,7 +399,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(
         f"\n{summary(run)}\n\n"
         f"Wrote version {run.version} to {run.folder} in {time.perf_counter() - started:.1f} s.\n"
-        f"Next: start or restart the server; it registers version {run.version}.\n"
+        f"Next: start or restart the server; it registers version {run.version} on its default endpoint.\n"
+        "For customers of another kind, name an endpoint of their own before:\n"
+        f"  python backend/server/manage.py register_algorithms --endpoint NAME --version {run.version}\n"
     )
     return 0
 

@@ -274,6 +274,14 @@ def test_a_fourth_model_is_one_line(table, folder):
 # --- tables that train
 
 
+@pytest.mark.parametrize("said", ["true", "True", "TRUE"])
+def test_the_positive_value_may_be_spelled_as_in_the_file(save, said):
+    source = customers()
+    source["IsRetained"] = source["IsRetained"].map({1: "true", 0: "false"})
+
+    assert train.load_table(save(source), positive=said).schema.target.positive == "True"
+
+
 def test_a_churn_flag_is_inverted(save, folder):
     source = customers()
     source["Churn"] = source.pop("IsRetained").map({1: "No", 0: "Yes"})
@@ -555,7 +563,7 @@ def test_the_command_trains_from_any_working_directory(save, folder, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "CustomerId names the customer" in done.stdout
     assert "roc auc" in done.stdout
-    assert "Next: start or restart the server; it registers version 1.0.0." in done.stdout
+    assert "Next: start or restart the server; it registers version 1.0.0 on its default endpoint." in done.stdout
     assert [run.version for run in artifacts.training_runs(folder)] == ["1.0.0"]
 
 

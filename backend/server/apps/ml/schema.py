@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -438,7 +438,7 @@ def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def spelled(value: Any) -> str:
     """A target value as text, so that 1, 1.0 and "1" are one spelling."""
-    if isinstance(value, Real) and not isinstance(value, (bool, np.bool_)) and float(value).is_integer():
+    if isinstance(value, Real) and not isinstance(value, Integral) and float(value).is_integer():
         return str(int(value))
     return str(value)
 
@@ -465,7 +465,10 @@ def _learn_target(column: pd.Series, positive: str | None) -> Target:
             )
         positive = candidates[0]
     elif positive not in values:
-        raise TableError(f"--positive {positive} is no value of {column.name}; it has {values[0]} and {values[1]}.")
+        alike = [value for value in values if value.lower() == positive.lower()]
+        if len(alike) != 1:
+            raise TableError(f"--positive {positive} is no value of {column.name}; it has {values[0]} and {values[1]}.")
+        (positive,) = alike
     (negative,) = [value for value in values if value != positive]
     return Target(str(column.name), positive, negative)
 

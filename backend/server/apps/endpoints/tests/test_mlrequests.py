@@ -169,7 +169,8 @@ class TestFeedback:
         assert response.json()["feedback"] == "0"
 
     @pytest.mark.parametrize(
-        "outcome", ["2", 2, -1, 0.5, "stayed", "", " ", None, True, [], ["1"], {}, {"feedback": "1"}, "\x00", "é" * 500]
+        "outcome",
+        ["2", 2, -1, 0.5, "stayed", "", " ", None, True, [], ["1"], {}, {"feedback": "1"}, "\x00", "é" * 500, 10**400],
     )
     def test_that_is_no_known_label_is_refused_with_those_there_are(self, api, answered, outcome):
         message = refused(api.patch(answered, {"feedback": outcome}))
