@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from django.conf import settings
+from django.db import DatabaseError
 
-from apps.ml.artifacts import ArtifactError, newest_run
+from apps.endpoints import prediction
+from apps.endpoints.models import Status
+from apps.endpoints.prediction import PredictionError, Wanted
+from apps.ml.artifacts import ArtifactError, TrainingRun, newest_run
+from apps.ml.registry import DEFAULT_ENDPOINT
 from apps.ml.schema import BOOLEAN, CATEGORICAL, MAX_KEY_LENGTH, NUMERIC, Column, Schema
 
 _TYPES = {NUMERIC: "number", BOOLEAN: "boolean", CATEGORICAL: "string"}
@@ -25,9 +31,9 @@ def describe_errors(result: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
 
 
 def describe_customers(result: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """The predict body by the newest training run: its columns, and real customers as examples."""
+    """The predict body by the table that production was trained on: its columns, and real customers as examples."""
     try:
-        run = newest_run(settings.ML_ARTIFACTS_DIR)
+        run = _described_run()
     except ArtifactError:
         return result
     result["components"]["schemas"]["Customer"] = _customer(run.schema)
@@ -39,6 +45,9 @@ def describe_customers(result: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     for path, operations in result["paths"].items():
         if not path.endswith("/predict"):
             continue
+        for parameter in operations["post"]["parameters"]:
+            if parameter["name"] == "status":
+                parameter["example"] = Status.PRODUCTION.value
         for content_type, content in operations["post"]["requestBody"]["content"].items():
             content["schema"] = customer
             if samples:
@@ -48,6 +57,14 @@ def describe_customers(result: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
                 if samples:
                     content["examples"]["several customers"] = {"value": samples[:3]}
     return result
+
+
+def _described_run() -> TrainingRun:
+    """That of the default endpoint's production algorithm, else the newest. Raises ArtifactError."""
+    with suppress(DatabaseError, PredictionError):
+        choice = prediction.choose(DEFAULT_ENDPOINT, Wanted(Status.PRODUCTION), in_test=False)
+        return prediction.classifier_of(choice.algorithms[0]).run
+    return newest_run(settings.ML_ARTIFACTS_DIR)
 
 
 def _customer(schema: Schema) -> dict[str, Any]:

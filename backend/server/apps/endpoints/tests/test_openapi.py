@@ -18,7 +18,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+import train
 from apps.endpoints.models import MLRequest
+from conftest import make_customers
 
 PREDICT = "/api/v1/{endpoint_name}/predict"
 
@@ -87,6 +89,17 @@ class TestTheDescription:
             "CustomerId": None,
             "IsRetained": None,
         }
+
+    def test_the_example_stays_that_of_production_when_another_table_is_trained_on(
+        self, api, algorithms, artifacts_dir, settings, tmp_path
+    ):
+        settings.ML_ARTIFACTS_DIR = artifacts_dir
+        make_customers(60).rename(columns={"Orders": "Visits"}).to_csv(tmp_path / "shop.csv", index=False)
+        assert train.main(["--data", str(tmp_path / "shop.csv"), "--artifacts-dir", str(artifacts_dir)]) == 0
+
+        columns = api.get("/api/schema").json()["components"]["schemas"]["Customer"]["properties"]
+
+        assert "Orders" in columns and "Visits" not in columns
 
     def test_the_example_of_the_predict_body_is_a_customer_of_that_table_and_is_answered(self, api, described):
         body = described["paths"][PREDICT]["post"]["requestBody"]["content"]
