@@ -97,8 +97,17 @@ class MLRegistry:
         ]
 
     def register_newest_run(self) -> list[MLAlgorithm]:
-        """Register the newest run on the default endpoint, unless a person registered it on another one."""
+        """Register the newest run on the default endpoint, unless it belongs, or seems to belong, to another one."""
         run = newest_run(Path(settings.ML_ARTIFACTS_DIR))
+        target = run.schema.target.name
+        neighbours = MLAlgorithm.objects.filter(parent_endpoint__name=DEFAULT_ENDPOINT)
+        if neighbours.exists() and not neighbours.filter(target__name=target).exists():
+            logger.warning(
+                "Training run %s predicts %s, as no algorithm of endpoint %s does, and is left out. Register it with "
+                "`python manage.py register_algorithms --endpoint NAME --version %s`.",
+                *(run.version, target, DEFAULT_ENDPOINT, run.version),
+            )
+            return []
         registered = MLAlgorithm.objects.filter(artifact__startswith=f"{run.version}/")
         if registered.exclude(parent_endpoint__name=DEFAULT_ENDPOINT).exists():
             return []

@@ -438,3 +438,12 @@ def test_a_fourth_algorithm_is_a_class_a_line_that_registers_and_one_that_trains
 
 def test_the_class_that_answers_is_the_one_of_the_rows_key(algorithms):
     assert type(registry.get(algorithms["extra_trees"])) is ExtraTreesClassifier
+
+
+def test_a_run_that_predicts_something_else_does_not_enter_the_default_endpoint(changeable):
+    retrain(changeable)
+    change_manifest(changeable / "1.1.0", lambda manifest: manifest["schema"]["target"].update(name="Renewed"))
+
+    restart()
+
+    assert not MLAlgorithm.objects.filter(version="1.1.0").exists()
