@@ -17,10 +17,9 @@ from server import environment as env  # noqa: E402
 
 try:
     # Before any process is started, so that a setting that cannot be read stops it with a sentence.
-    logconfig_dict = {
-        **settings.LOGGING,
-        "loggers": {**settings.LOGGING["loggers"], "gunicorn.error": {"level": "WARNING", "propagate": True}},
-    }
+    # Errors only: gunicorn's warnings quote requests that it cannot read, and with them customers.
+    gunicorns = {name: {"level": "ERROR", "propagate": True} for name in ("gunicorn.error", "gunicorn.http.wsgi")}
+    logconfig_dict = {**settings.LOGGING, "loggers": {**settings.LOGGING["loggers"], **gunicorns}}
     bind = f"127.0.0.1:{env.number('PORT', 8000)}"
     workers = env.number("WEB_CONCURRENCY", 2)
     threads = env.number("WEB_THREADS", 8)

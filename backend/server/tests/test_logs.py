@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -248,6 +249,10 @@ def test_a_real_servers_log_is_one_json_object_per_line_gunicorns_own_included(t
         assert server.post(PREDICT, json=ALICE).status_code == 200
         assert server.post(PREDICT, json={**ALICE, "Orders": KEY}).status_code == 400
         assert server.get(f"/api/v1/mlrequests?customer_key={KEY}").status_code == 200
+        for request in (f"GET /api/v1/mlrequests?customer_key=Miss {KEY} HTTP/1.1", f"POST / {KEY}"):
+            with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+                client.sendall(f"{request}\r\nHost: localhost\r\n\r\n".encode())
+                assert b"400" in client.recv(100)
         os.kill(int(Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()), signal.SIGKILL)
         deadline = time.monotonic() + 30
         while "gunicorn.error" not in path.read_text() and time.monotonic() < deadline:
