@@ -231,7 +231,10 @@ def test_a_second_start_neither_installs_nor_trains_again(second_start):
 
 
 def test_every_address_that_is_printed_answers_once(second_start):
-    addresses = re.findall(r"http://127\.0\.0\.1:\d+\S*", second_start.log.read_text())
+    deadline = time.monotonic() + 30  # the other process may be the first to be ready
+    while "/readyz" not in (printed := second_start.log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    addresses = re.findall(r"http://127\.0\.0\.1:\d+\S*", printed)
     assert [address.removeprefix(second_start.url) for address in addresses] == ["", "/api/docs", "/admin/", "/readyz"]
     for address in addresses:
         assert requests.get(address, timeout=30).status_code == 200
