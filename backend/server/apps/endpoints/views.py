@@ -91,6 +91,12 @@ class Api:
         return super().perform_content_negotiation(request, force=True)
 
 
+class AddOnly(Api, mixins.CreateModelMixin, mixins.ListModelMixin, mixins.RetrieveModelMixin, viewsets.GenericViewSet):
+    """What is history: it can be read and added to."""
+
+    lookup_value_regex = ID
+
+
 class EndpointViewSet(Api, viewsets.ReadOnlyModelViewSet):
     """What can be asked: each endpoint answers at /{name}/predict."""
 
@@ -117,16 +123,9 @@ class MLAlgorithmViewSet(Api, viewsets.ReadOnlyModelViewSet):
         }
     )
 )
-class MLAlgorithmStatusViewSet(
-    Api,
-    mixins.CreateModelMixin,
-    mixins.ListModelMixin,
-    mixins.RetrieveModelMixin,
-    viewsets.GenericViewSet,
-):
+class MLAlgorithmStatusViewSet(AddOnly):
     """The history of statuses. Posting one makes it the algorithm's only active status."""
 
-    lookup_value_regex = ID
     queryset = MLAlgorithmStatus.objects.order_by("id")
     serializer_class = MLAlgorithmStatusSerializer
     permission_classes = [TokenUnlessDebug, WritesNeedStatusPermission]
@@ -239,16 +238,9 @@ class BatchPredictView(Api, APIView):
 
 
 @extend_schema_view(create=extend_schema(responses={201: ABTestSerializer, 400: BAD_REQUEST}))
-class ABTestViewSet(
-    Api,
-    mixins.CreateModelMixin,
-    mixins.ListModelMixin,
-    mixins.RetrieveModelMixin,
-    viewsets.GenericViewSet,
-):
+class ABTestViewSet(AddOnly):
     """Two algorithms of one endpoint share its traffic. Posting a test starts it."""
 
-    lookup_value_regex = ID
     queryset = ABTest.objects.order_by("id")
     serializer_class = ABTestSerializer
     permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
