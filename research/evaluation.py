@@ -149,7 +149,7 @@ def wilson_interval(count: Any, total: Any) -> tuple[Any, Any]:
     share, spread = count / total, z**2 / total
     centre = (share + spread / 2) / (1 + spread)
     half = np.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return centre - half, centre + half
+    return np.minimum(centre - half, share), np.maximum(centre + half, share)  # rounding may put it outside
 
 
 def calibration_bins(
