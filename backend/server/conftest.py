@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,6 +21,9 @@ from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus
 from apps.ml.registry import registry
 from server.handler import Handler
 from tests import postgresql, processes
+
+# A run that a shell put in the background ignores Ctrl-C, and so would every server that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_customers(rows: int = 400, seed: int = 7) -> pd.DataFrame:
@@ -91,15 +95,15 @@ def application(db) -> Callable[..., list[bytes]]:
     handler = Handler()
 
     def answer(environ: dict[str, object], start_response: Callable[..., object]) -> list[bytes]:
-        signals = (request_started, request_finished)
-        for signal in signals:
-            signal.disconnect(close_old_connections)
+        moments = (request_started, request_finished)
+        for moment in moments:
+            moment.disconnect(close_old_connections)
         try:
             with closing(handler(environ, start_response)) as response:
                 return list(response)
         finally:
-            for signal in signals:
-                signal.connect(close_old_connections)
+            for moment in moments:
+                moment.connect(close_old_connections)
 
     return answer
 
