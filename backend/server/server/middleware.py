@@ -11,8 +11,12 @@ from http import HTTPStatus
 import structlog
 from django.conf import settings
 from django.contrib.admindocs.views import simplify_regex
+from django.contrib.auth import middleware as auth
+from django.contrib.messages import middleware as messages
+from django.contrib.sessions import middleware as sessions
 from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.middleware import csrf
 
 from server import health
 
@@ -152,3 +156,26 @@ class HealthChecks:
     def __call__(self, request: HttpRequest) -> HttpResponse:
         check = health.CHECKS.get(request.path_info)
         return check(request) if check else self.get_response(request)
+
+
+class PagesOnly:
+    """What a page of the admin needs and a call of the API does not, which carries a token and no cookie."""
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        return self.get_response(request) if request.path_info.startswith("/api/v1/") else super().__call__(request)
+
+
+class SessionMiddleware(PagesOnly, sessions.SessionMiddleware):
+    pass
+
+
+class CsrfViewMiddleware(PagesOnly, csrf.CsrfViewMiddleware):
+    pass
+
+
+class AuthenticationMiddleware(PagesOnly, auth.AuthenticationMiddleware):
+    pass
+
+
+class MessageMiddleware(PagesOnly, messages.MessageMiddleware):
+    pass

@@ -59,11 +59,11 @@ MIDDLEWARE = [
     "server.middleware.HealthChecks",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
-    "django.contrib.sessions.middleware.SessionMiddleware",
+    "server.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
-    "django.middleware.csrf.CsrfViewMiddleware",
-    "django.contrib.auth.middleware.AuthenticationMiddleware",
-    "django.contrib.messages.middleware.MessageMiddleware",
+    "server.middleware.CsrfViewMiddleware",
+    "server.middleware.AuthenticationMiddleware",
+    "server.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
 ROOT_URLCONF = "server.urls"
@@ -104,6 +104,8 @@ _database = DATABASES["default"]
 if _database["ENGINE"] == "django.db.backends.sqlite3":
     _synchronous = env.text("SQLITE_SYNCHRONOUS", "NORMAL", choices=("NORMAL", "FULL", "EXTRA"))
     # Immediate transactions queue up for the write lock instead of failing when they need it half-way.
+    # Opening the file costs more than a request, and closing it last writes the whole log back: keep it open.
+    _database["CONN_MAX_AGE"] = None
     _database["OPTIONS"] = {
         "timeout": 20,
         "transaction_mode": "IMMEDIATE",
