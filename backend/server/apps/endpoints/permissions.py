@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import knox.auth
 from django.conf import settings
+from django.contrib.auth import get_user_model
+from django.db import DEFAULT_DB_ALIAS
 from django.utils import timezone
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from knox.crypto import hash_token
@@ -13,22 +15,33 @@ from knox.models import AuthToken
 from rest_framework.exceptions import AuthenticationFailed, NotAuthenticated
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 
+from apps.endpoints.sql import Prepared
+
 if TYPE_CHECKING:
     from rest_framework.request import Request
     from rest_framework.views import APIView
+
+
+_USER_FIELDS = [field.attname for field in get_user_model()._meta.concrete_fields]
+_token = Prepared(
+    lambda digest: AuthToken.objects.filter(digest=digest).values_list(
+        "digest", "expiry", *(f"user__{name}" for name in _USER_FIELDS)
+    )
+)
 
 
 class TokenAuthentication(knox.auth.TokenAuthentication):
     """Knox's tokens, found by their hash: one query, and never a write (knox itself tidies up at every request)."""
 
     def authenticate_credentials(self, token: bytes) -> tuple[Any, AuthToken]:
-        digest = hash_token(token.decode("latin-1"))
-        found = AuthToken.objects.select_related("user").filter(digest=digest).first()
+        found = _token.first(hash_token(token.decode("latin-1")))
         if found is None:
             raise AuthenticationFailed("This token is not known.")
-        if found.expiry and found.expiry <= timezone.now():
+        digest, expiry, *user = found
+        if expiry and expiry <= timezone.now():
             raise AuthenticationFailed("This token has expired.")
-        return self.validate_user(found)
+        user = get_user_model().from_db(DEFAULT_DB_ALIAS, _USER_FIELDS, user)
+        return self.validate_user(AuthToken(digest=digest, expiry=expiry, user=user))
 
 
 class TokenScheme(OpenApiAuthenticationExtension):
