@@ -10,11 +10,10 @@ from datetime import datetime
 from typing import Any
 
 from django.conf import settings
-from django.db import connection, transaction
-from django.db.models import F, FilteredRelation, Q
 
 from apps.endpoints import abtests
-from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
+from apps.endpoints.journal import NewRequest, journal
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, Status
 from apps.ml.artifacts import HOW_TO_TRAIN, ArtifactError
 from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.registry import registry
@@ -114,7 +113,9 @@ def choose(endpoint_name: str, wanted: Wanted, *, in_test: bool = True) -> Choic
     if wanted.status is not None and wanted.status not in Status.values:
         names = ", ".join(status for status in Status.values if status != Status.RETIRED)
         raise NoSuchAlgorithm(f"There is no status {wanted.status!r}; use one of {names}.")
-    served = _served(endpoint_name)
+    served = registry.served(endpoint_name)
+    if not served:
+        raise _nothing_served(endpoint_name)
     named = [
         status
         for status in served
@@ -180,33 +181,26 @@ def score(choice: Choice, rows: Sequence[Mapping[str, Any]], *, now: datetime, a
     """
     choice = _without_a_broken_arm(choice)
     arms = [abtests.choose_arm(choice.algorithms) for _ in rows]
-    requests: dict[int, MLRequest] = {}
+    recorded: dict[int, tuple[MLAlgorithm, NewRequest]] = {}
     problems: list[Problem] = []
     for algorithm in choice.algorithms:
         positions = [position for position, arm in enumerate(arms) if arm is algorithm]
         if not positions:
             continue
         try:
-            scored = _scored(algorithm, [rows[position] for position in positions], as_text)
+            scored = _scored(algorithm, [rows[position] for position in positions], choice.test_id, now, as_text)
         except InputError as error:
             problems += [replace(problem, row=positions[problem.row]) for problem in error.problems]
             continue
         for position, request in zip(positions, scored, strict=True):
-            request.created_at, request.abtest_id = now, choice.test_id
-            requests[position] = request
+            recorded[position] = algorithm, request
     if problems:
         raise InputError(problems)
-    in_order = [requests[position] for position in range(len(rows))]
-    _record(in_order)
+    in_order = [recorded[position] for position in range(len(rows))]
+    ids = journal.record([request for _, request in in_order])
     return [
-        Answer(
-            request.pk,
-            request.probability,
-            request.response,
-            request.parent_mlalgorithm,
-            request.full_response.get("warnings", ()),
-        )
-        for request in in_order
+        Answer(pk, request.probability, request.response, algorithm, request.full_response.get("warnings", ()))
+        for pk, (algorithm, request) in zip(ids, in_order, strict=True)
     ]
 
 
@@ -222,7 +216,9 @@ def _without_a_broken_arm(choice: Choice) -> Choice:
     return Choice(able) if len(able) == 1 else choice
 
 
-def _scored(algorithm: MLAlgorithm, rows: Sequence[Mapping[str, Any]], as_text: bool) -> list[MLRequest]:
+def _scored(
+    algorithm: MLAlgorithm, rows: Sequence[Mapping[str, Any]], test_id: int | None, now: datetime, as_text: bool
+) -> list[NewRequest]:
     """What one algorithm answers for rows, as requests that are not recorded yet."""
     began = time.perf_counter()
     classifier = classifier_of(algorithm)
@@ -233,14 +229,16 @@ def _scored(algorithm: MLAlgorithm, rows: Sequence[Mapping[str, Any]], as_text: 
     keys = _customer_keys(schema, rows)
     elapsed_ms = (time.perf_counter() - began) * 1000
     return [
-        MLRequest(
+        NewRequest(
             input_data=schema.features_of(row),
             full_response=result,
             response=result["label"],
             probability=result["probability"],
+            created_at=now,
             latency_ms=elapsed_ms,
             customer_key=key,
-            parent_mlalgorithm=algorithm,
+            parent_mlalgorithm_id=algorithm.pk,
+            abtest_id=test_id,
         )
         for row, result, key in zip(rows, results, keys, strict=True)
     ]
@@ -261,37 +259,6 @@ def availability() -> list[Availability]:
     return found
 
 
-def _record(requests: list[MLRequest]) -> None:
-    if connection.features.can_return_rows_from_bulk_insert:
-        MLRequest.objects.bulk_create(requests)
-        return
-    with transaction.atomic():
-        for request in requests:
-            request.save(force_insert=True)
-
-
-def _served(endpoint_name: str) -> list[MLAlgorithmStatus]:
-    """The statuses of an endpoint's algorithms that answer, each with `test_id` and `champion_id` of a running test.
-
-    One query, hence one moment: a test that starts or stops meanwhile is seen whole or not at all.
-    """
-    served = list(
-        MLAlgorithmStatus.objects.served()
-        .filter(parent_endpoint__name=endpoint_name)
-        .annotate(
-            running=FilteredRelation("parent_endpoint__abtests", condition=Q(parent_endpoint__abtests__ended_at=None)),
-            test_id=F("running__pk"),
-            champion_id=F("running__champion"),
-        )
-        .select_related("parent_mlalgorithm")
-        .order_by("parent_mlalgorithm_id")
-    )
-    if not served:
-        raise _nothing_served(endpoint_name)
-    registry.unload_all_but(served[0].parent_endpoint_id, {status.parent_mlalgorithm_id for status in served})
-    return served
-
-
 def _customer_keys(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     keys, problems = [], []
     for index, row in enumerate(rows):
@@ -307,7 +274,6 @@ def _customer_keys(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> list[st
 def _nothing_served(endpoint_name: str) -> PredictionError:
     endpoint = Endpoint.objects.filter(name=endpoint_name).first()
     if endpoint:
-        registry.unload_all_but(endpoint.pk, ())
         return NoSuchAlgorithm(f"Endpoint {endpoint} serves no algorithm; give a retired one another status first.")
     names = Endpoint.objects.order_by("id").values_list("name", flat=True)[:20]
     if not names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from django.conf import settings
@@ -27,6 +28,7 @@ from apps.endpoints.filters import AlgorithmFilter, NewestFirst, RequestFilter, 
 from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
 from apps.endpoints.parsers import MultipartBody
 from apps.endpoints.permissions import TokenUnlessDebug, WritesNeedABTestPermission, WritesNeedStatusPermission
+from apps.endpoints.prediction import Wanted
 from apps.endpoints.serializers import (
     ANONYMOUS,
     ABTestSerializer,
@@ -69,6 +71,12 @@ def _customer_of_form(request: Request) -> dict[str, str]:
     return customer
 
 
+@lru_cache(maxsize=1024)
+def _wanted(query_string: str) -> Wanted:
+    """What a query asks for; clients ask for few things, again and again."""
+    return WantedSerializer(data=QueryDict(query_string)).wanted()
+
+
 class Api:
     """What all views share: a body of known and bounded size, and JSON whatever the Accept header says."""
 
@@ -88,7 +96,8 @@ class Api:
         return settings.MAX_BODY_BYTES
 
     def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
-        return super().perform_content_negotiation(request, force=True)
+        (renderer,) = self.get_renderers()
+        return renderer, renderer.media_type
 
 
 class AddOnly(Api, mixins.CreateModelMixin, mixins.ListModelMixin, mixins.RetrieveModelMixin, viewsets.GenericViewSet):
@@ -192,7 +201,7 @@ class PredictView(Api, APIView):
         },
     )
     def post(self, request: Request, endpoint_name: str) -> Response:
-        wanted = WantedSerializer(data=request.query_params).wanted()
+        wanted = _wanted(request.META.get("QUERY_STRING", ""))
         is_form, is_list = _is_form(request), isinstance(request.data, list)
         rows = [_customer_of_form(request)] if is_form else request.data if is_list else [request.data]
         if not rows:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from django.conf import settings
+from django.db.models import F, FilteredRelation, OuterRef, Q, Subquery
 from django.utils import timezone
 
 from apps.endpoints import lifecycle
-from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus
+from apps.endpoints.models import Endpoint, MLAlgorithm, MLAlgorithmStatus
+from apps.endpoints.sql import Prepared
 from apps.ml.artifacts import ArtifactError, TrainingRun, newest_run, open_run
 from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.classifier.decision_tree import DecisionTreeClassifier
@@ -35,11 +38,30 @@ ALGORITHMS: list[tuple[type[RetentionClassifier], str]] = [
 ]
 
 
+# An endpoint's id, and the newest step in the life of any of its algorithms.
+_newest_step = Prepared(
+    lambda name: Endpoint.objects.filter(name=name).values_list(
+        "pk",
+        Subquery(MLAlgorithmStatus.objects.filter(parent_endpoint=OuterRef("pk")).order_by("-pk").values("pk")[:1]),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an endpoint served after a step in the life of its algorithms."""
+
+    endpoint_id: int
+    newest_step: int | None
+    statuses: Sequence[MLAlgorithmStatus]
+
+
 class MLRegistry:
     """`endpoints` maps an algorithm's id to the classifier that answers for it."""
 
     def __init__(self) -> None:
         self.endpoints: dict[int, RetentionClassifier] = {}
+        self._served: dict[str, Served] = {}
         self._endpoint_of: dict[int, int] = {}
         self._filling = threading.Lock()
 
@@ -113,6 +135,33 @@ class MLRegistry:
             return []
         return self.register_run(version=run.version)
 
+    def served(self, endpoint_name: str) -> Sequence[MLAlgorithmStatus]:
+        """The active statuses of what an endpoint serves, each with `test_id` and `champion_id` of a running test.
+
+        They are read again only when the endpoint's history has grown. Whatever changes who answers, the start and
+        the end of a test included, adds a status under the endpoint's lock; so its newest id tells whether what
+        this process knows still holds, and one cheap query asks for it anew each time.
+        """
+        found = _newest_step.first(endpoint_name)
+        if found is None:
+            return ()
+        endpoint_id, newest_step = found
+        known = self._served.get(endpoint_name)
+        if known and (known.endpoint_id, known.newest_step) == (endpoint_id, newest_step):
+            return known.statuses
+        # One query, hence one moment: a test that starts or stops meanwhile is seen whole or not at all.
+        running = FilteredRelation("parent_endpoint__abtests", condition=Q(parent_endpoint__abtests__ended_at=None))
+        statuses = tuple(
+            MLAlgorithmStatus.objects.served()
+            .filter(parent_endpoint=endpoint_id)
+            .annotate(running=running, test_id=F("running__pk"), champion_id=F("running__champion"))
+            .select_related("parent_mlalgorithm")
+            .order_by("parent_mlalgorithm_id")
+        )
+        self._served[endpoint_name] = Served(endpoint_id, newest_step, statuses)
+        self.unload_all_but(endpoint_id, {status.parent_mlalgorithm_id for status in statuses})
+        return statuses
+
     def get(self, algorithm: MLAlgorithm) -> RetentionClassifier:
         """The loaded classifier of a row. Raises ArtifactError when it is not what was registered."""
         classifier = self.endpoints.get(algorithm.pk)
@@ -153,6 +202,7 @@ class MLRegistry:
 
     def clear(self) -> None:
         self.endpoints.clear()
+        self._served.clear()
         self._endpoint_of.clear()
 
     def _keep(self, algorithm: MLAlgorithm, classifier: RetentionClassifier) -> None:

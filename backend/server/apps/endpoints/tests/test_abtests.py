@@ -293,10 +293,10 @@ class TestWhileItRuns:
 
     def test_a_prediction_costs_no_query_more(self, api, forest, tree, customer, django_assert_num_queries):
         begin(api, forest, tree)
-        ask(api, customer, "production", 50)
+        api.post(f"{PREDICT}?status=production", customer)
 
         with django_assert_num_queries(2):
-            ask(api, customer, "production", 50)
+            api.post(f"{PREDICT}?status=production", customer)
 
     def test_an_arm_that_cannot_be_loaded_any_more_breaks_no_caller(
         self, api, forest, tree, customer, artifacts_dir, settings

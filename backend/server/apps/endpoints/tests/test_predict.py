@@ -7,6 +7,8 @@ from urllib.parse import urlencode
 
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
 from apps.endpoints.models import Endpoint, MLAlgorithm, MLRequest
 from apps.ml.classifier.random_forest import RandomForestClassifier
@@ -278,8 +280,14 @@ class TestWhatIsLogged:
 
         with django_assert_num_queries(2):
             api.post(PRODUCTION, customer)
-        with django_assert_num_queries(2):
+
+    def test_what_serves_is_asked_once_for_a_list(self, api, algorithms, customer):
+        api.post(PRODUCTION, customer)
+
+        with CaptureQueriesContext(connection) as queries:
             api.post(PRODUCTION, [customer] * 10)
+
+        assert sum("endpoints_endpoint" in query["sql"] for query in queries) == 1
 
     def test_a_list_with_a_bad_row_is_refused_whole_and_nothing_is_logged(self, api, algorithms, customer):
         response = api.post(PRODUCTION, [customer, {**customer, "Orders": "four"}, 5, customer, {}])
