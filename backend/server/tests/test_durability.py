@@ -16,16 +16,16 @@ from tests.processes import Server
 
 pytestmark = pytest.mark.whole
 
-CLIENTS = 6
-KILLINGS = 2
+CLIENTS = 12
+KILLINGS = 5
 
 
 @dataclass
 class Load:
-    """Clients that predict until the server is gone. `acknowledged`: each request's id and probability."""
+    """Clients that predict until the server is gone. `acknowledged`: each request's id, customer and probability."""
 
     server: Server
-    acknowledged: dict[int, float] = field(default_factory=dict)
+    acknowledged: dict[int, tuple[str, float]] = field(default_factory=dict)
     refused: list[int] = field(default_factory=list)
     broken: list[Exception] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
@@ -48,7 +48,13 @@ class Load:
         for count in range(100_000):
             if self.done.is_set():
                 return
-            asked = {**customer, "Orders": count % 40 + 1, "RecencyDays": (count * 7 + number * 11) % 365}
+            key = f"{number}-{count}"
+            asked = {
+                **customer,
+                "CustomerId": key,
+                "Orders": count % 40 + 1,
+                "RecencyDays": (count * 7 + number * 11) % 365,
+            }
             try:
                 response = session.post(
                     f"{self.server.url}/api/v1/classifier/predict?status=production", json=asked, timeout=30
@@ -58,7 +64,7 @@ class Load:
                 self.broken.append(error)
                 return
             if response.status_code == 200:
-                self.acknowledged[answer["request_id"]] = answer["probability"]
+                self.acknowledged[answer["request_id"]] = key, answer["probability"]
             else:
                 self.refused.append(response.status_code)
 
@@ -69,20 +75,22 @@ class Load:
         assert len(self.acknowledged) >= answers
 
 
-def logged(env: dict[str, str], folder: Path) -> dict[int, float]:
-    """Every request in the database and its probability, as a new server lists them."""
+def logged(env: dict[str, str], folder: Path) -> dict[int, tuple[str, float]]:
+    """Every request in the database, its customer and its probability, as a new server lists them."""
     found, page = {}, {"next": "/api/v1/mlrequests?page_size=1000"}
     with processes.running({**env, "WEB_CONCURRENCY": "1"}, folder / "after.log", wait_for="/readyz") as server:
         while page["next"]:
             page = server.get(page["next"].removeprefix(server.url)).json()
-            found |= {row["id"]: row["probability"] for row in page["results"]}
+            found |= {row["id"]: (row["customer_key"], row["probability"]) for row in page["results"]}
     return found
 
 
-def test_after_kill_9_of_every_process_no_acknowledged_answer_is_missing(database_url, trained, tmp_path):
+def test_after_kill_9_of_every_process_no_acknowledged_answer_is_missing_or_another_customers(
+    database_url, trained, tmp_path
+):
     env = processes.environment(database_url, trained, DEBUG="1", LOG_LEVEL="WARNING")
     processes.manage("migrate", env=env)
-    acknowledged: dict[int, float] = {}
+    acknowledged: dict[int, tuple[str, float]] = {}
     for killing in range(KILLINGS):
         server = processes.start(env, tmp_path / f"server{killing}.log", wait_for="/readyz")
         try:

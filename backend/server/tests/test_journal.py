@@ -1,0 +1,83 @@
+"""Many threads of one process record at once: each gets its own rows' ids, and nobody suffers for another's row."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests import processes
+
+pytestmark = pytest.mark.whole
+
+# Threads of one process, as a worker has them. With BAD the first records for an algorithm that is not there.
+SCRIPT = """
+import json, sys, threading
+from django.db import IntegrityError, connection
+from django.utils import timezone
+from apps.endpoints import journal as module
+from apps.endpoints.models import MLAlgorithm, MLRequest
+from apps.ml.registry import registry
+
+THREADS, CALLS = 12, 25
+known, unknown = registry.register_run()[0].pk, 10**9
+transactions, insert = [], module._insert
+module._insert = lambda rows: transactions.append(len(rows)) or insert(rows)
+told, refused, together = {}, [], threading.Barrier(THREADS)
+
+def client(number):
+    together.wait()
+    for call in range(CALLS):
+        algorithm = unknown if BAD and number == 0 else known
+        keys = [f"{number}-{call}-{row}" for row in range(1 + call % 3)]
+        rows = [
+            module.NewRequest({"Orders": call}, {}, "1", call / CALLS, timezone.now(), 1.0, key, algorithm, None)
+            for key in keys
+        ]
+        try:
+            told.update(zip(module.journal.record(rows), keys, strict=True))
+        except IntegrityError:
+            refused.append(number)
+    connection.close()
+
+threads = [threading.Thread(target=client, args=(number,)) for number in range(THREADS)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+found = dict(MLRequest.objects.values_list("pk", "customer_key"))
+sys.stdout.write(json.dumps({
+    "own": told == found, "rows": len(found), "refused": len(refused), "by": sorted(set(refused)),
+    "calls": THREADS * CALLS, "transactions": len(transactions), "largest": max(transactions),
+}))
+"""
+
+
+@pytest.fixture
+def recorded(database_url, trained):
+    """What came of the threads' calls; with bad=True one of them records what cannot be."""
+    env = processes.environment(database_url, trained)
+    processes.manage("migrate", env=env)
+
+    def record(bad: bool = False) -> dict[str, object]:
+        script = SCRIPT.replace("BAD", str(bad))
+        return json.loads(processes.manage("shell", "--no-imports", "-c", script, env=env).stdout)
+
+    return record
+
+
+def test_each_id_belongs_to_its_own_row_though_one_thread_writes_for_many(recorded):
+    came = recorded()
+
+    assert came["own"]
+    assert came["rows"] == 12 * sum(1 + call % 3 for call in range(25))
+    assert came["largest"] > 3  # more rows than any one call has
+    assert came["transactions"] < came["calls"]
+
+
+def test_a_row_that_cannot_be_recorded_is_refused_to_its_own_caller_alone(recorded):
+    came = recorded(bad=True)
+
+    assert came["own"]
+    assert (came["refused"], came["by"]) == (25, [0])
+    assert came["rows"] == 11 * sum(1 + call % 3 for call in range(25))
