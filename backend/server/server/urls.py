@@ -18,10 +18,10 @@ docs = user_passes_test(lambda user: settings.DEBUG or user.is_active, login_url
 )
 
 urlpatterns = [
+    path("api/v1/", include("apps.endpoints.urls")),
     path("", RedirectView.as_view(url="/api/docs")),
     path("admin", RedirectView.as_view(url="/admin/")),
     path("admin/", admin.site.urls),
-    path("api/v1/", include("apps.endpoints.urls")),
     path("api/schema", schema, name="schema"),
     path("api/docs", docs, name="docs"),
 ]
