@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 
+import train
 from tests import processes
 from tests.processes import Server
 
@@ -125,3 +126,28 @@ def test_two_clients_promoting_at_once_leave_one_production_algorithm_and_break_
     promotions = [row["created_by"] for row in history if row["status"] == "production"]
     assert sorted(promotions[1:]) == sorted(name for each in rounds for name in each.contenders)
     assert "Traceback" not in two_workers.log.read_text()
+
+
+def test_what_another_process_registers_is_served_by_every_worker_from_the_next_request_on(
+    database_url, artifacts_dir, customers_csv, tmp_path, customer
+):
+    env = processes.environment(database_url, artifacts_dir, DEBUG="1", WEB_CONCURRENCY="2", LOG_LEVEL="WARNING")
+    processes.manage("migrate", env=env)
+    with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
+
+        def ask(count: int = 20) -> set[tuple[int, str | None]]:
+            """What the workers answer for the new version: each request is a new connection, so to any of them."""
+            path = "/api/v1/classifier/predict?algorithm=extra_trees&version=1.1.0"
+            answers = [server.post(path, json=customer) for _ in range(count)]
+            return {(answer.status_code, answer.json().get("version")) for answer in answers}
+
+        assert train.main(["--data", str(customers_csv), "--artifacts-dir", str(artifacts_dir), "--seed", "1"]) == 0
+        assert ask() == {(400, None)}
+        processes.manage("register_algorithms", "--version", "1.1.0", env=env)
+        assert ask() == {(200, "1.1.0")}
+
+        (extra_trees,) = server.get("/api/v1/mlalgorithms?version=1.1.0&name=extra trees").json()
+        assert set_status(server, extra_trees["id"], "retired", by="ana").status_code == 201
+        assert ask() == {(400, None)}
+        assert set_status(server, extra_trees["id"], "staging", by="ana").status_code == 201
+        assert ask() == {(200, "1.1.0")}
