@@ -7,9 +7,7 @@ in one transaction, and each gets the ids of its own rows.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
@@ -42,22 +40,28 @@ class NewRequest(NamedTuple):
 Row = list[Any]
 
 
-@dataclass(eq=False)
 class _Entry:
     """The rows of one call; `ids` or `error` once they were written or refused."""
 
-    rows: list[Row]
-    ids: list[int] | None = None
-    error: Exception | None = None
-    alone: bool = False
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
+        self.ids: list[int] | None = None
+        self.error: Exception | None = None
+        self.turn = threading.Lock()  # let go when the entry is settled, or when its thread is to write
+        self.turn.acquire()
+
+    @property
+    def is_settled(self) -> bool:
+        return self.ids is not None or self.error is not None
 
 
 class Journal:
     """Writes the entries of all threads of a process, one transaction after the other."""
 
     def __init__(self) -> None:
-        self._pen = threading.Lock()
-        self._waiting: deque[_Entry] = deque()
+        self._mutex = threading.Lock()
+        self._waiting: list[_Entry] = []
+        self._someone_writes = False
 
     def record(self, requests: Sequence[NewRequest]) -> list[int]:
         """The ids of the requests, in their order, once all of them are committed; none is recorded on an error.
@@ -68,42 +72,50 @@ class Journal:
         if connection.in_atomic_block or len(rows) > SHARED_ROWS:
             return _insert(rows)
         entry = _Entry(rows)
-        self._waiting.append(entry)
-        with self._pen:
-            if entry.ids is None and entry.error is None:
-                self._write(entry)
+        with self._mutex:
+            self._waiting.append(entry)
+            waits, self._someone_writes = self._someone_writes, True
+        if waits:
+            entry.turn.acquire()
+        if not entry.is_settled:
+            self._write_all_that_wait()
         if entry.error is not None:
             raise entry.error
         return entry.ids
 
-    def _write(self, own: _Entry) -> None:
-        """Settle one's own entry, and with it those that wait. The caller holds the pen."""
-        group = [own]
-        if own.alone:
-            self._settle(group)
-            return
-        while self._waiting:
-            entry = self._waiting.popleft()
-            if entry is not own and entry.ids is None and entry.error is None:
-                group.append(entry)
-        self._settle(group)
-
-    def _settle(self, group: list[_Entry]) -> None:
+    def _write_all_that_wait(self) -> None:
+        """Settle whatever waits, one's own entry included, and then let the first of those that came since write."""
+        with self._mutex:
+            group, self._waiting = self._waiting, []
         try:
-            ids = iter(_insert([row for entry in group for row in entry.rows]))
-        except (OperationalError, InterfaceError) as error:  # the database's trouble, and so everybody's
+            _settle(group)
+        finally:
+            with self._mutex:
+                next_one = self._waiting[0] if self._waiting else None
+                self._someone_writes = next_one is not None
+            if next_one:
+                next_one.turn.release()
             for entry in group:
-                entry.error = type(error)(*error.args)
-        except Exception as error:
-            if len(group) == 1:
-                group[0].error = error
-                return
-            for entry in group:  # somebody's rows; the others shall not suffer for them
-                entry.alone = True
-            self._settle(group[:1])
-        else:
-            for entry in group:
-                entry.ids = [next(ids) for _ in entry.rows]
+                if not entry.is_settled:
+                    entry.error = OperationalError("The thread that wrote this was stopped.")
+                entry.turn.release()
+
+
+def _settle(group: list[_Entry]) -> None:
+    try:
+        ids = iter(_insert([row for entry in group for row in entry.rows]))
+    except (OperationalError, InterfaceError) as error:  # the database's trouble, and so everybody's
+        for entry in group:
+            entry.error = type(error)(*error.args)
+    except Exception as error:
+        if len(group) == 1:
+            group[0].error = error
+            return
+        for entry in group:  # somebody's rows; the others shall not suffer for them
+            _settle([entry])
+    else:
+        for entry in group:
+            entry.ids = [next(ids) for _ in entry.rows]
 
 
 journal = Journal()
