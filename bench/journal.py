@@ -155,7 +155,7 @@ def main() -> None:
     with ExitStack() as stack:
         databases = {"SQLite": f"sqlite:///{stack.enter_context(tempfile.TemporaryDirectory())}/bench.sqlite3"}
         if postgresql.binaries():
-            databases["PostgreSQL"] = postgresql.new_database(stack.enter_context(postgresql.running()))
+            databases["PostgreSQL"] = postgresql.new_database(stack.enter_context(postgresql.running(durable=True)))
         for name, url in databases.items():
             os.environ["DATABASE_URL"] = url
             algorithm = _an_algorithm()

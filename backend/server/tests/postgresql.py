@@ -31,8 +31,8 @@ def binaries() -> Path | None:
 
 
 @contextmanager
-def running() -> Iterator[str]:
-    """Yields the server's URL, without a database's name."""
+def running(durable: bool = False) -> Iterator[str]:
+    """Yields the server's URL, without a database's name. Unless durable, a power failure may damage it."""
     programs = binaries()
     if programs is None:
         raise RuntimeError(HOW_TO_GET)
@@ -54,7 +54,8 @@ def running() -> Iterator[str]:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        control("-o", f"-p {port} -k {folder} -c fsync=off -c max_connections=200", "-l", str(folder / "log"), "start")
+        settings = f"-p {port} -k {folder} -c fsync={'on' if durable else 'off'} -c max_connections=200"
+        control("-o", settings, "-l", str(folder / "log"), "start")
         try:
             yield f"postgresql://postgres@127.0.0.1:{port}"
         finally:

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psycopg
 import pytest
 import requests
 
-from tests import processes
+from tests import postgresql, processes
 from tests.processes import Server
 
 pytestmark = pytest.mark.whole
@@ -118,3 +119,25 @@ def test_a_server_that_is_told_to_stop_answers_every_request_that_it_records(tra
 
     assert load.refused == []
     assert logged(env, tmp_path) == load.acknowledged
+
+
+def test_a_database_that_dropped_its_connections_costs_no_client_an_error(postgresql_url, trained, tmp_path):
+    url = postgresql.new_database(postgresql_url)
+    env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="WARNING")
+    processes.manage("migrate", env=env)
+    with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
+
+        def ask_often() -> set[int]:
+            path = f"{server.url}/api/v1/classifier/predict?status=production"
+            with ThreadPoolExecutor(8) as pool:
+                answers = [pool.submit(requests.post, path, json={"Orders": 3}, timeout=30) for _ in range(60)]
+            return {answer.result().status_code for answer in answers}
+
+        assert ask_often() == {200}
+        with psycopg.connect(url, autocommit=True) as connection:
+            dropped = connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            ).fetchall()
+        assert dropped
+        assert ask_often() == {200}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from django.db import DEFAULT_DB_ALIAS, connection
+from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection
 from django.db.models import QuerySet
 
 _PLACEHOLDER = "\x00the value asked for"
@@ -30,7 +30,21 @@ class Prepared:
         return compiler, sql, tuple(parameters), converters
 
     def first(self, value: str) -> list[Any] | None:
-        """The first row for a value, None when there is none."""
+        """The first row for a value, None when there is none.
+
+        A kept connection may have died since it was used last. Django would ask it whether it lives, which costs as
+        much as asking what is to be known; so that is asked, and if it fails, once more on a new connection.
+        """
+        connection.health_check_done = True
+        try:
+            return self._ask(value)
+        except (OperationalError, InterfaceError):
+            if connection.in_atomic_block:
+                raise
+            connection.close()
+            return self._ask(value)
+
+    def _ask(self, value: str) -> list[Any] | None:
         compiler, sql, parameters, converters = self._compiled
         with connection.cursor() as cursor:
             cursor.execute(sql, [value if parameter == _PLACEHOLDER else parameter for parameter in parameters])
