@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import compress, islice
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -189,13 +189,12 @@ class AlignedRows:
     @cached_property
     def warnings(self) -> list[list[str]]:
         """What was filled or not recognised, for each row."""
-        modes = [f"{column.name}={column.mode}" for column in self.columns]
         sentences: dict[bytes, list[str]] = {}  # many rows lack the same values
         result = []
         for index, row in enumerate(self.filled):
             pattern = row.tobytes()
             if pattern not in sentences:
-                names = ", ".join(modes[position] for position in np.flatnonzero(row))
+                names = ", ".join(f"{column.name}={column.mode}" for column in compress(self.columns, pattern))
                 sentences[pattern] = [f"missing, filled with the training mode: {names}"] if names else []
             result.append([*sentences[pattern], *self.unseen.get(index, ())])
         return result
@@ -308,6 +307,8 @@ class Schema:
         reported as warnings of their row. Raises InputError for an unknown column, a wrong type, NaN,
         infinity, and a row without any feature.
         """
+        if len(rows) == 1 and type(rows[0]) is dict and (aligned := self._aligned_alone(rows[0])):
+            return aligned
         problems: list[Problem] = []
         for index, row in enumerate(rows):
             problems += self._row_problems(index, row, suggest=len(problems) < _SUGGESTIONS)
@@ -339,13 +340,55 @@ class Schema:
                 break
             if column.kind == CATEGORICAL:
                 for index in np.flatnonzero(matrix[:, position] == UNSEEN_CATEGORY).tolist():
-                    sentence = f"{column.name}: {_shown(values[index])} was not seen in training, scored as unknown"
-                    unseen.setdefault(index, []).append(sentence)
+                    unseen.setdefault(index, []).append(_not_seen(column, values[index]))
         if problems:
             raise InputError(problems)
         filled = np.isnan(matrix)
         np.copyto(matrix, self._encoded_modes, where=filled)
         return AlignedRows(matrix, filled, unseen, self.columns)
+
+    def _aligned_alone(self, row: dict[str, Any]) -> AlignedRows | None:
+        """`align` for one row without any problem, in plain Python: numpy's price is by the call. None for others."""
+        if not row.keys() <= self._known or row.keys().isdisjoint(self._columns_by_name):
+            return None
+        numbers: list[float] = []
+        filled = bytearray(len(self.columns))
+        unseen = []
+        for position, (column, plain_type, codes, mode) in enumerate(self._plain_encodings):
+            value = row.get(column.name)
+            if value is None:
+                filled[position] = True
+                numbers.append(mode)
+                continue
+            kind = type(value)
+            if codes is None:
+                if (kind is float or kind is int) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+                    numbers.append(value)
+                    continue
+            elif kind is plain_type and value in codes:
+                numbers.append(codes[value])
+                continue
+            try:
+                numbers.append(column.encode(value))
+            except ValueError:
+                return None
+            if column.kind == CATEGORICAL:
+                unseen.append(_not_seen(column, value))
+        return AlignedRows(
+            np.array([numbers], dtype=np.float64),
+            np.frombuffer(filled, dtype=np.bool_).reshape(1, -1),
+            {0: unseen} if unseen else {},
+            self.columns,
+        )
+
+    @cached_property
+    def _plain_encodings(self) -> list[tuple[Column, type, Mapping[Any, float] | None, float]]:
+        """Each column, the type of its plain values, their numbers (None where they are numbers), and its mode's."""
+        plain = {NUMERIC: (float, None), BOOLEAN: (bool, {False: 0.0, True: 1.0})}
+        return [
+            (column, *plain.get(column.kind, (str, column._codes)), column.encode(column.mode))
+            for column in self.columns
+        ]
 
     @cached_property
     def _encoded_modes(self) -> np.ndarray:
@@ -534,6 +577,10 @@ def _number(text: str) -> float | None:
         return float(text) if text.isascii() and "_" not in text else None
     except ValueError:
         return None
+
+
+def _not_seen(column: Column, value: str) -> str:
+    return f"{column.name}: {_shown(value)} was not seen in training, scored as unknown"
 
 
 def _shown(value: Any) -> str:

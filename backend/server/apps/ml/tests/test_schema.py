@@ -8,6 +8,7 @@ import json
 import math
 import time
 import tracemalloc
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -143,6 +144,8 @@ def test_one_is_a_spelling_of_true(value):
         ({"Plan": "\ud800"}, "Plan", "Plan holds a character that cannot be stored"),
         ({"Newsletter": "true"}, "Newsletter", "Newsletter expects true or false, got 'true'"),
         ({"Newsletter": 2}, "Newsletter", "Newsletter expects true or false, got 2"),
+        ({"Newsletter": []}, "Newsletter", "Newsletter expects true or false, got []"),
+        ({"Newsletter": 1 + 0j}, "Newsletter", "Newsletter expects true or false, got (1+0j)"),
         ({"Newsletter": math.nan}, "Newsletter", "Newsletter expects true or false, got nan"),
         ({}, None, "no feature is given; send at least one of Orders, Plan, Newsletter"),
         ({"CustomerId": "C1", "IsRetained": 1}, None, "no feature is given"),
@@ -198,7 +201,23 @@ values = st.one_of(
     st.integers(-3, 3),
     st.integers(),
     st.floats(),
-    st.sampled_from(["basic", "family", "gold", "", "a\x00", "3", np.int8(4), np.float32(2.5), 10**400, [], "\ud800"]),
+    st.sampled_from(
+        [
+            "basic",
+            "family",
+            "gold",
+            "",
+            "a\x00",
+            "3",
+            np.int8(4),
+            np.float32(2.5),
+            10**400,
+            [],
+            "\ud800",
+            1 + 0j,
+            Decimal(1),
+        ]
+    ),
 )
 rows_of_anything = st.one_of(
     st.dictionaries(st.sampled_from(["Orders", "Plan", "Newsletter", "CustomerId", "Leak", "Plann"]), values),
@@ -233,6 +252,46 @@ def test_rows_of_anything_are_answered_in_bulk_as_one_by_one(rows):
         assert outcome(rows) == refused
     else:
         assert outcome(rows) == ([m for one in alone for m in one[0]], [w for one in alone for w in one[1]])
+
+
+@st.composite
+def schemas_with_a_row(draw):
+    """Any columns, and a row of which most values are of their column's kind."""
+    names = draw(st.lists(st.text(max_size=3).filter(bool), min_size=1, max_size=12, unique=True))
+    word = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+    columns, row = [], {}
+    for name in names:
+        kind = draw(st.sampled_from([NUMERIC, BOOLEAN, CATEGORICAL]))
+        categories = tuple(sorted(draw(st.lists(word, min_size=1, unique=True)))) if kind == CATEGORICAL else ()
+        plain = {
+            NUMERIC: st.integers(-(2**70), 2**70) | st.floats(-1e38, 1e38),
+            BOOLEAN: st.booleans(),
+            CATEGORICAL: st.sampled_from(categories or ("",)),
+        }[kind]
+        columns.append(Column(name, kind, draw(plain), categories))
+        if kind == CATEGORICAL:
+            plain |= word
+        if draw(st.integers(0, 5)):
+            row[name] = draw(plain if draw(st.integers(0, 20)) else values)
+    return Schema(tuple(columns), Target("the target", "1", "0")), row
+
+
+@given(schemas_with_a_row())
+@settings(deadline=None, max_examples=300)
+def test_whatever_the_columns_a_row_is_aligned_alone_as_in_company(schema_and_row):
+    schema, row = schema_and_row
+
+    def aligned(rows):
+        try:
+            found = schema.align(rows)
+        except InputError as error:
+            return [(problem.field, problem.message) for problem in error.problems if problem.row == 0]
+        matrix, filled = found.matrix[:1], found.filled[:1]
+        assert found.matrix.shape == found.filled.shape == (len(rows), len(schema.columns))
+        assert found.matrix.flags.c_contiguous
+        return matrix.dtype, matrix.tobytes(), filled.dtype, filled.tolist(), found.warnings[0], found.unseen.get(0)
+
+    assert aligned([row]) == aligned([row, row])
 
 
 @given(st.lists(sound_rows, min_size=1, max_size=8))
