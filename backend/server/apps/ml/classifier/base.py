@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apps.ml.artifacts import ArtifactError, default_artifacts_dir, newest_run, open_run
-from apps.ml.schema import AlignedRows
+from apps.ml.forest import compile_forest
+from apps.ml.schema import AlignedRows, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger(__name__)
 
 THRESHOLD = 0.5
 
@@ -37,7 +41,7 @@ class RetentionClassifier:
         self.schema = self.run.schema
         self.filename = f"{self.algorithm}.joblib"
         self.artifact_sha256 = self.run.sha256(self.filename)
-        self._model: Any = None
+        self._predict_proba: Callable[[np.ndarray], np.ndarray] | None = None
         self._loading = threading.Lock()
 
     @property
@@ -51,9 +55,11 @@ class RetentionClassifier:
         return {**every.get(self.algorithm, {}), "baseline": every.get("baseline", {})}
 
     def load(self) -> None:
-        """Load the model, once, however many threads ask. Raises ArtifactError."""
+        """Load the model and let it answer, once, however many threads ask. Raises ArtifactError."""
+        if self._predict_proba is not None:
+            return
         with self._loading:
-            if self._model is not None:
+            if self._predict_proba is not None:
                 return
             model = self.run.load_model(self.filename)
             if list(getattr(model, "classes_", [])) != [0, 1] or not hasattr(model, "predict_proba"):
@@ -66,7 +72,41 @@ class RetentionClassifier:
                 )
             if hasattr(model, "n_jobs"):
                 model.n_jobs = 1  # several threads would add up the trees in no fixed order
-            self._model = model
+            self._predict_proba = self._fastest(model)
+
+    def _fastest(self, model: Any) -> Callable[[np.ndarray], np.ndarray]:
+        """The compiled model's `predict_proba` if it answers exactly as the model's own, which else it is.
+
+        The model has answered once then, and is let go of if it is not needed. Raises ArtifactError.
+        """
+        matrix = self._sample_matrix()
+        try:
+            expected = model.predict_proba(matrix)
+        except Exception as error:
+            raise ArtifactError(f"{self.filename} of training run {self.version} cannot answer: {error!r}.") from error
+        reason: Any = "its compiled form answered the samples of the training run differently"
+        try:
+            forest = compile_forest(model)
+            if forest is None:
+                return model.predict_proba
+            if forest.answers(matrix, expected):
+                return forest.predict_proba
+        except Exception as error:  # numba missing, or any trouble of a compiler: none of it needs to stop the model
+            reason = repr(error)
+        logger.warning(
+            "%s of training run %s is answered by scikit-learn, correctly but slowly: %s",
+            *(self.filename, self.version, reason),
+        )
+        return model.predict_proba
+
+    def _sample_matrix(self) -> np.ndarray:
+        """The samples of the manifest, if it has any that fit, and a row of nothing but modes."""
+        modes = {column.name: column.mode for column in self.schema.columns}
+        samples = [sample["row"] for sample in self.run.manifest.get("samples", [])]
+        try:
+            return self.schema.align([*samples, modes]).matrix
+        except InputError:
+            return self.schema.align([modes]).matrix
 
     def preprocessing(self, input_data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | pd.DataFrame) -> AlignedRows:
         """One customer or many, checked and aligned. Raises InputError."""
@@ -84,7 +124,7 @@ class RetentionClassifier:
         if not len(matrix):
             return np.empty((0, 2))
         self.load()
-        return self._model.predict_proba(matrix)
+        return self._predict_proba(matrix)
 
     def postprocessing(self, prediction: np.ndarray) -> dict[str, Any]:
         """The answer for one row of `predict`: (2,) probabilities, label "1" above 0.5."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from datetime import UTC, datetime
 
 import joblib
@@ -15,8 +20,12 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.ensemble import RandomForestClassifier as Forest
 from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier as Tree
 
 from apps.ml import artifacts
@@ -25,8 +34,10 @@ from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.classifier.decision_tree import DecisionTreeClassifier
 from apps.ml.classifier.extra_trees import ExtraTreesClassifier
 from apps.ml.classifier.random_forest import RandomForestClassifier
+from apps.ml.forest import CompiledForest
 from apps.ml.schema import InputError, Schema, rows_of
 from conftest import make_customers
+from tests import processes
 
 CLASSIFIERS = [RandomForestClassifier, ExtraTreesClassifier, DecisionTreeClassifier]
 COLUMNS = ("Plan", "Orders", "RecencyDays", "MeanGapDays", "Newsletter")
@@ -308,6 +319,125 @@ def test_many_threads_load_a_model_once_and_get_one_answer(monkeypatch, trained,
     assert answers == [answers[0]] * 8
 
 
+# --- compiled, if that changes nothing
+
+
+@pytest.fixture
+def loaded_models(monkeypatch):
+    """Weak references to the estimators that are loaded while a test runs."""
+    found = []
+    load = joblib.load
+
+    def remember(file):
+        model = load(file)
+        found.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(joblib, "load", remember)
+    return found
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_once_compiled_a_model_is_let_go_of(loaded_models, trained, customer, caplog, kind):
+    classifier = kind("1.0.0", trained)
+    assert "probability" in classifier.compute_prediction(customer)
+    gc.collect()
+
+    (model,) = loaded_models
+    assert model() is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("rows", ["one", "many"])
+def test_a_compiled_model_that_answers_differently_by_one_bit_answers_nobody(
+    monkeypatch, loaded_models, trained, caplog, rows
+):
+    right = CompiledForest.predict_proba
+
+    def wrong(self, matrix):
+        answers = right(self, matrix)
+        if (len(matrix) == 1) == (rows == "one"):
+            answers[-1, 1] = np.nextafter(answers[-1, 1], 2)
+        return answers
+
+    monkeypatch.setattr(CompiledForest, "predict_proba", wrong)
+    classifier = RandomForestClassifier("1.0.0", trained)
+
+    for sample in classifier.run.manifest["samples"]:
+        answer = classifier.compute_prediction(sample["row"])
+        assert answer["probability"] == sample["probabilities"]["random_forest"]
+    (model,) = loaded_models
+    assert type(model()) is Forest
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "random_forest.joblib of training run 1.0.0 is answered by scikit-learn" in record.getMessage()
+
+
+FROM_A_PROCESS_OF_ITS_OWN = """
+import json, logging, sys
+logging.basicConfig(level="WARNING", format="%(message)s")
+{first}
+from apps.ml.classifier.random_forest import RandomForestClassifier
+classifier = RandomForestClassifier()
+samples = classifier.run.manifest["samples"]
+answers = [classifier.compute_prediction(sample["row"])["probability"] for sample in samples]
+assert answers == [sample["probabilities"]["random_forest"] for sample in samples]
+print("compiled" if type(classifier._predict_proba.__self__).__name__ == "CompiledForest" else "scikit-learn")
+"""
+
+
+def answered_by(directory, first="", **env):
+    """What answers in a process of its own, and the lines that were logged."""
+    finished = subprocess.run(
+        [sys.executable, "-c", FROM_A_PROCESS_OF_ITS_OWN.format(first=first)],
+        cwd=processes.BACKEND,
+        env={**os.environ, "ML_ARTIFACTS_DIR": str(directory), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip(), finished.stderr.splitlines()
+
+
+@pytest.mark.whole
+def test_without_numba_scikit_learn_answers_and_one_warning_says_so(trained):
+    answering, (warning,) = answered_by(trained, "sys.modules['numba'] = None")
+
+    assert answering == "scikit-learn"
+    assert warning.startswith("random_forest.joblib of training run 1.0.0 is answered by scikit-learn")
+    assert "numba" in warning
+
+
+@pytest.mark.whole
+def test_without_a_place_for_compiled_code_it_is_compiled_anew_and_one_warning_says_so(trained, tmp_path):
+    (tmp_path / "file").touch()
+    nowhere = {
+        "NUMBA_CACHE_DIR": str(tmp_path / "file/cache"),
+        "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator",
+    }
+
+    answering, (warning,) = answered_by(trained, **nowhere)
+
+    assert answering == "compiled"
+    assert warning.startswith("Compiled code cannot be kept on disk, so every start compiles it again")
+
+
+@pytest.mark.whole
+def test_compiled_code_that_was_cut_short_on_disk_is_compiled_anew(trained, tmp_path):
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert answered_by(trained, **folder) == ("compiled", [])
+    files = list(tmp_path.rglob("*.nbc"))
+    for file in files:
+        file.write_bytes(file.read_bytes()[:1000])
+
+    answering, (warning,) = answered_by(trained, **folder)
+
+    assert files
+    assert answering == "compiled"
+    assert warning.startswith("Compiled code cannot be kept on disk")
+
+
 # --- a model of one's own
 
 
@@ -353,6 +483,53 @@ def test_a_model_that_was_trained_in_parallel_answers_on_one_processor(tmp_path)
     for _ in range(5):  # several processors would add up the trees in another order each time
         answers = classifier.compute_prediction([{"Orders": value} for value in ORDERS[:, 0]])
         assert [answer["probability"] for answer in answers] == expected
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GradientBoostingClassifier(n_estimators=5),
+        make_pipeline(StandardScaler(), Forest(5)),
+        CalibratedClassifierCV(Forest(5), cv=2),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_of_any_other_kind_is_answered_by_scikit_learn(tmp_path, caplog, model):
+    model.fit(ORDERS, STAYS)
+    classifier = custom(tmp_path, model)
+
+    answers = classifier.compute_prediction([{"Orders": value} for value in ORDERS[:, 0]])
+
+    assert [answer["probability"] for answer in answers] == model.predict_proba(ORDERS)[:, 1].tolist()
+    assert not caplog.records
+
+
+def test_samples_that_do_not_fit_the_columns_stop_no_model(artifacts_dir, customer):
+    path = artifacts_dir / "1.0.0/manifest.json"
+    expected = RandomForestClassifier("1.0.0", artifacts_dir).compute_prediction(customer)
+    manifest = json.loads(path.read_text())
+    for samples in ([{"row": {"Nothing": 1}}], [{"row": {}}], []):
+        path.write_text(json.dumps({**manifest, "samples": samples}))
+
+        assert RandomForestClassifier("1.0.0", artifacts_dir).compute_prediction(customer) == expected
+
+
+class Unable:
+    """What any model may become when the library that it needs is another one."""
+
+    classes_ = (0, 1)
+    n_features_in_ = 1
+
+    def predict_proba(self, matrix):
+        raise AttributeError("no such attribute")
+
+
+def test_a_model_that_cannot_answer_is_found_when_it_is_loaded(tmp_path, monkeypatch):
+    classifier = custom(tmp_path, Tree().fit(ORDERS, STAYS))
+    monkeypatch.setattr(joblib, "load", lambda file: Unable())
+
+    with pytest.raises(ArtifactError, match=r"cannot answer: AttributeError\(.no such attribute.\)"):
+        classifier.load()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests import processes
 
 pytestmark = pytest.mark.whole  # processes with a database of their own
 
-HEAVY = {"sklearn", "scipy", "pandas", "joblib", "numba", "pyarrow", "statsmodels", "matplotlib"}
+HEAVY = {"sklearn", "scipy", "pandas", "joblib", "numba", "llvmlite", "pyarrow", "statsmodels", "matplotlib"}
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ assert registry.endpoints == {}
 
 def test_the_ml_package_imports_no_django_and_constructing_nothing_heavy(env):
     code = """
-from apps.ml import artifacts, schema
+from apps.ml import artifacts, forest, schema
 from apps.ml.classifier import base, decision_tree, extra_trees, random_forest
 classifier = random_forest.RandomForestClassifier()
 classifier.preprocessing([{"Orders": 3, "Plan": "basic"}]).warnings
@@ -91,4 +91,4 @@ from apps.ml.classifier.random_forest import RandomForestClassifier
 RandomForestClassifier().compute_prediction({"Orders": 3})
 """
 
-    assert modules_after(code, env) >= {"sklearn", "joblib", "scipy"}
+    assert modules_after(code, env) >= {"sklearn", "joblib", "scipy", "numba", "llvmlite"}
