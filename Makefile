@@ -7,7 +7,7 @@ MANAGE := $(PYTHON) backend/server/manage.py
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help serve test test-sqlite test-postgresql admin train lint clean \
+.PHONY: help serve test test-sqlite test-postgresql admin train lint bench soak clean \
         python-is-new-enough port-is-free environment
 
 help:
@@ -16,6 +16,8 @@ help:
 	@echo "make admin               create the first user of the admin pages"
 	@echo "make train [ARGS=...]    train a new version, for instance ARGS='--data my.csv --target Stayed'"
 	@echo "make lint                check style, imports between modules, and missing migrations"
+	@echo "make bench [QUICK=1]     measure this product beside what could be used instead (see bench/README.md)"
+	@echo "make soak [MINUTES=10]   serve at full load, and watch memory, errors and p99"
 	@echo "make clean               remove the environment, the database and the trained models"
 
 # PORT is exported for the server; gunicorn replaces the shell, so that Ctrl-C reaches nothing else.
@@ -53,8 +55,15 @@ lint: environment .venv/dev
 	@$(MANAGE) makemigrations --check --dry-run
 	@cd backend/server && PYTHONPATH=. ../../.venv/bin/lint-imports --config ../../pyproject.toml
 
+# ONLY=sqlite,mlflow chooses contestants, WRITE=1 puts the results into bench/README.md, ARGS adds other options.
+bench: environment .venv/runtime
+	@exec $(PYTHON) bench/run.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write) $(ARGS)
+
+soak: environment .venv/runtime
+	@exec $(PYTHON) bench/soak.py $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
 clean:
-	rm -rf .venv backend/server/db.sqlite3* backend/server/staticfiles research/artifacts
+	rm -rf .venv backend/server/db.sqlite3* backend/server/staticfiles research/artifacts bench/environments
 
 # --- What must hold before anything slow begins -----------------------------------------------------------
 define TRY_ENVIRONMENT
