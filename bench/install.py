@@ -12,6 +12,10 @@ from pathlib import Path
 CONTESTANTS = Path(__file__).with_name("contestants")
 ENVIRONMENTS = Path(__file__).with_name("environments")
 SECONDS = 1200
+OF_THE_PRODUCT = {
+    *("Django", "djangorestframework", "django-rest-knox", "granian", "gunicorn"),
+    *("numba", "numpy", "psycopg", "scikit-learn"),
+}
 
 
 class Unavailable(Exception):
@@ -23,8 +27,10 @@ def requirements(name: str) -> Path:
 
 
 def versions(file: Path) -> str:
-    """What a file of requirements pins, as a phrase."""
-    pins = re.findall(r"^([\w.\[\]-]+)==([\w.]+)", file.read_text(), re.MULTILINE)
+    """What a file of requirements pins, as a phrase; of the product's only what answers a prediction."""
+    pins = re.findall(r"^([\w.-]+)(?:\[\w+\])?==([\w.]+)", file.read_text(), re.MULTILINE)
+    if file.parent.parent != CONTESTANTS:
+        pins = [(package, version) for package, version in pins if package in OF_THE_PRODUCT]
     return ", ".join(f"{package} {version}" for package, version in pins)
 
 

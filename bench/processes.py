@@ -80,7 +80,7 @@ class Server:
                 return
             before = now
 
-    def stop(self, patience: float = 8) -> None:
+    def stop(self, patience: float = 5) -> None:
         """End every process that was ever seen, also those that left their parent, or that do not listen."""
         self.tree()
         self.process.terminate()

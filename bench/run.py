@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ import tables  # noqa: E402
 import wrk  # noqa: E402
 from contestants import Contestant, Running, Unavailable  # noqa: E402
 from model import Subject  # noqa: E402
+from tests import postgresql  # noqa: E402
 from wrk import Load  # noqa: E402
 
 CONNECTIONS, QUICK_CONNECTIONS = (1, 8, 64), (8, 64)
@@ -65,12 +67,9 @@ class Measurement:
         for contestant in wanted:
             say(f"Starting {contestant.title} ...")
             try:
-                running = contestants.start(stack, contestant, subject, folder)
-                running.load(8, 1)  # what is slow only once shall not count
+                self.running.append(contestants.start(stack, contestant, subject, folder))
             except Unavailable as reason:
                 self.leave_out(contestant, reason)
-            else:
-                self.running.append(running)
 
     def leave_out(self, contestant: Contestant, reason: object) -> None:
         self.absent[contestant.title] = str(reason)
@@ -86,6 +85,7 @@ class Measurement:
                 try:
                     self._measure_one(running, customers)
                 except Unavailable as reason:
+                    running.server.stop()
                     self.leave_out(running.contestant, reason)
 
     def _measure_one(self, running: Running, customers: Path) -> None:
@@ -150,10 +150,12 @@ def measure_engines(subject: Subject, folder: Path, counts: Sequence[int]) -> tu
 def machine() -> str:
     models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, "
-        f"Linux {platform.release()}, Python {platform.python_version()}"
-    )
+    parts = [models[0] if models else platform.machine(), f"{os.cpu_count()} cores", f"{memory:.0f} GiB of memory"]
+    parts += [f"Python {platform.python_version()}", f"SQLite {sqlite3.sqlite_version}"]
+    if programs := postgresql.binaries():
+        said = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+        parts.append(f"PostgreSQL {said.split()[2]}")
+    return ", ".join(parts)
 
 
 def report(run: Measurement, engines: dict[str, Any], counts: Sequence[int]) -> str:
@@ -182,11 +184,10 @@ def report(run: Measurement, engines: dict[str, Any], counts: Sequence[int]) -> 
     if engines:
         parts.append(tables.engine_table(engines, counts))
     parts += [f"No figures of {title}: {reason}.\n" for title, reason in run.absent.items()]
-    pins = {each.title: install.versions(each.requirements) for each in shown if not each.name.endswith("-batching")}
-    files: dict[str, list[str]] = defaultdict(list)
-    for title, versions in pins.items():
-        files[versions].append(title)
-    parts.append("\n".join(f"- {', '.join(titles)}: {versions}" for versions, titles in files.items()) + "\n")
+    files: dict[Path, list[str]] = defaultdict(list)
+    for each in shown:
+        files[each.requirements].append(each.title)
+    parts.append("".join(f"- {', '.join(titles)}: {install.versions(file)}\n" for file, titles in files.items()))
     return "\n".join(parts)
 
 
@@ -248,9 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, end_as_ctrl_c_does)
 
     began = time.monotonic()
-    wanted = [
-        each for each in contestants.ALL if each.name in only or (not only and (each.in_quick or not asked.quick))
-    ]
+    only = only or {each.name for each in contestants.ALL if each.in_quick or not asked.quick} | {ENGINE}
+    wanted = [each for each in contestants.ALL if each.name in only]
     run = Measurement(
         QUICK_CONNECTIONS if asked.quick else CONNECTIONS,
         asked.seconds or (QUICK_SECONDS if asked.quick else SECONDS),
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.check_stored()
         for running in run.running:
             running.server.stop()
-        if not only or ENGINE in only:
+        if ENGINE in only:
             engines, absent = measure_engines(subject, folder, counts)
             run.absent |= absent
     text = report(run, engines, counts)
