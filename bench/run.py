@@ -221,16 +221,20 @@ def working_folder():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def end_as_ctrl_c_does(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def requirements_are_met() -> None:
-    """Raise SystemExit unless this machine can measure."""
+def prepare_machine() -> None:
+    """Let every signal that ends this program end the servers too. Raises SystemExit if it cannot measure here."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)  # also SIGINT, which a shell may have made its jobs ignore
     if not wrk.is_installed():
         raise SystemExit(wrk.HOW_TO_GET)
     if not Path("/proc/self/smaps_rollup").exists():
         raise SystemExit("The benchmark reads the memory of processes from /proc, and so runs on Linux only.")
+
+
+def _interrupt(*_: object) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the ending
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -245,8 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     only = {name.strip() for name in asked.only.split(",") if name.strip()}
     if unknown := only - {*names, ENGINE}:
         parser.error(f"nobody is called {', '.join(sorted(unknown))}; choose from {', '.join([*names, ENGINE])}")
-    requirements_are_met()
-    signal.signal(signal.SIGTERM, end_as_ctrl_c_does)
+    prepare_machine()
 
     began = time.monotonic()
     only = only or {each.name for each in contestants.ALL if each.in_quick or not asked.quick} | {ENGINE}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -47,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=int, default=60, help="of which a minute has so many")
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     asked = parser.parse_args(arguments)
-    run.requirements_are_met()
-    signal.signal(signal.SIGTERM, run.end_as_ctrl_c_does)
+    run.prepare_machine()
 
     (contestant,) = [each for each in run.contestants.ALL if each.name == asked.database]
     minutes: list[Minute] = []
