@@ -197,7 +197,8 @@ def write(text: str, run: Measurement) -> None:
     _, end, after = rest.partition(END)
     if not end:
         raise SystemExit(f"{README} has no place for results any more.")
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    picture = f"![Answers per second]({CHART.name})\n"
+    README.write_text(f"{before}{BEGIN}\n{picture}\n{text}\n{END}{after}")
     rates = {
         each.contestant.title: [
             tables.Spread.of(load.rate for load in run.loads[each.contestant.name, count]).median
