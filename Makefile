@@ -40,7 +40,7 @@ test-sqlite: environment .venv/dev
 
 test-postgresql: environment .venv/dev
 	@echo "Tests on PostgreSQL"
-	@$(PYTHON) backend/server/tests/postgresql.py $(PYTEST) -m "not whole"
+	@$(PYTHON) backend/server/tests/postgresql.py $(PYTEST) -m "not whole and not slow"
 
 admin: environment .venv/runtime
 	@LOG_LEVEL=WARNING $(MANAGE) migrate --verbosity 0

@@ -118,7 +118,10 @@ class Running:
 
     def load(self, connections: int, seconds: int, body: Path | None = None) -> wrk.Load:
         """Measure, then wait for what is left over, and check an answer once more. Raises Unavailable."""
-        loaded = wrk.load(self.url, self.launch.headers, body or self.body, connections, seconds)
+        try:
+            loaded = wrk.load(self.url, self.launch.headers, body or self.body, connections, seconds)
+        except subprocess.SubprocessError as error:
+            raise Unavailable(f"wrk could not ask it: {error}") from None
         self.counted += loaded.good
         self.server.rest()
         try:

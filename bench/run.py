@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -250,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     only = {name.strip() for name in asked.only.split(",") if name.strip()}
     if unknown := only - {*names, ENGINE}:
         parser.error(f"nobody is called {', '.join(sorted(unknown))}; choose from {', '.join([*names, ENGINE])}")
+    if asked.write and only:
+        parser.error("--write is for whole runs; leave out --only")
     prepare_machine()
 
     began = time.monotonic()
@@ -276,8 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run.leave_out(running.contestant, reason)
         run.measure(customers)
         run.check_stored()
-        for running in run.running:
-            running.server.stop()
+        with ThreadPoolExecutor() as pool:  # some take seconds to end
+            list(pool.map(lambda running: running.server.stop(), run.running))
         if ENGINE in only:
             engines, absent = measure_engines(subject, folder, counts)
             run.absent |= absent
