@@ -32,6 +32,7 @@ def scikit_learn(model: Path) -> tuple[Predict, type]:
 
 def compiled(model: Path) -> tuple[Predict, type]:
     import joblib
+
     from apps.ml.forest import compile_forest
 
     return compile_forest(joblib.load(model)).predict_proba, np.float64
