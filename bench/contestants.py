@@ -336,5 +336,5 @@ ALL = (
     _theirs("bentoml-batching", "BentoML, adaptive batching", _batching(bentoml), in_quick=False, **BENTOML),
     _theirs("mlflow", "MLflow", mlflow, **MLFLOW),
     Contestant("drf", "floor: a bare DRF view", floor, "/drf", by_name, None),
-    Contestant("django", "floor: a bare Django view", floor, "/django", by_name, None),
+    Contestant("django", "floor: a bare Django view", floor, "/django", by_name, None, in_quick=False),
 )

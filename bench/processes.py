@@ -21,7 +21,7 @@ class Server:
         self.began = time.monotonic()
         self._seen: dict[int, str] = {}
         with log.open("ab") as output:
-            # A session of its own, so that Ctrl-C reaches this program first and the servers by `stop`.
+            # Apart from the terminal, so that Ctrl-C reaches this program first and the servers by `stop`.
             self.process = subprocess.Popen(
                 command,
                 env=dict(environment),
