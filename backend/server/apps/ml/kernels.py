@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 LANES = 8
 # After how many steps the walks look whether all have arrived.
 _STEPS = 4
-# Rows that pass through one tree before the next is fetched, and how many of their features stay in the cache with it.
-_BLOCK_ROWS = 256
+# How many rows pass through one tree before the next is fetched, which matters for large trees; and how many
+# numbers these rows may have between them, as they are to stay in the cache too.
+_BLOCK_ROWS = 4096
 _BLOCK_FEATURES = 2**16
 
 _compiling = threading.Lock()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -391,7 +390,7 @@ def answered_by(directory, first="", **env):
     finished = subprocess.run(
         [sys.executable, "-c", FROM_A_PROCESS_OF_ITS_OWN.format(first=first)],
         cwd=processes.BACKEND,
-        env={**os.environ, "ML_ARTIFACTS_DIR": str(directory), **env},
+        env=processes.environment("sqlite:///:memory:", directory, **env),
         capture_output=True,
         text=True,
         check=False,
