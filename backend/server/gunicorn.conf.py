@@ -22,7 +22,8 @@ try:
     logconfig_dict = {**settings.LOGGING, "loggers": {**settings.LOGGING["loggers"], **gunicorns}}
     bind = f"127.0.0.1:{env.number('PORT', 8000)}"
     workers = env.number("WEB_CONCURRENCY", 2)
-    threads = env.number("WEB_THREADS", 8)
+    # Python runs one thread of a process at a time, and changing between many costs more than it wins.
+    threads = env.number("WEB_THREADS", 4)
 except ImproperlyConfigured as error:
     sys.exit(str(error))
 worker_class = "gthread"

@@ -12,15 +12,13 @@ from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
 
-from django.db import InterfaceError, OperationalError, connection, transaction
-from django.db.models import DateTimeField, JSONField
+from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, transaction
+from django.db.backends.base.operations import BaseDatabaseOperations
 
 from apps.endpoints.models import MLRequest
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
 SHARED_ROWS = 100
-# So that a statement stays well below what databases accept.
-ROWS_PER_STATEMENT = 1000
 
 
 class NewRequest(NamedTuple):
@@ -68,8 +66,9 @@ class Journal:
 
         Within a transaction of the caller they are part of it. Raises django.db.Error.
         """
-        rows = [_prepared(request) for request in requests]
-        if connection.in_atomic_block or len(rows) > SHARED_ROWS:
+        database = connections[DEFAULT_DB_ALIAS]
+        rows = [_prepared(request, database.ops) for request in requests]
+        if database.in_atomic_block or len(rows) > SHARED_ROWS:
             return _insert(rows)
         entry = _Entry(rows)
         with self._mutex:
@@ -127,14 +126,14 @@ def _insert(rows: list[Row]) -> list[int]:
         return _insert_one_by_one(rows)
     with transaction.atomic():
         if connection.vendor == "postgresql":
-            return _insert_with_ids_drawn_first(rows)
+            return _copy_with_ids_drawn_first(rows)
         return _insert_one_by_one(rows)
 
 
 def _insert_one_by_one(rows: list[Row]) -> list[int]:
     """Where the database runs in this process, a statement for each row costs hardly more than one for all."""
     returns_id = connection.vendor == "postgresql"
-    statement = _statement(1) + " RETURNING id" * returns_id
+    statement = _insert_statement() + " RETURNING id" * returns_id
     ids = []
     with connection.cursor() as cursor:
         for row in rows:
@@ -143,43 +142,43 @@ def _insert_one_by_one(rows: list[Row]) -> list[int]:
     return ids
 
 
-def _insert_with_ids_drawn_first(rows: list[Row]) -> list[int]:
-    """Many rows by one statement. No order is promised for what an INSERT returns, hence the ids come first."""
+def _copy_with_ids_drawn_first(rows: list[Row]) -> list[int]:
+    """Many rows at once. COPY tells no ids, so these are drawn first, and each is certain to be its own row's."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT nextval(pg_get_serial_sequence(%s, 'id')) FROM generate_series(1, %s)",
             [MLRequest._meta.db_table, len(rows)],
         )
         ids = [pk for (pk,) in cursor.fetchall()]
-        for start in range(0, len(rows), ROWS_PER_STATEMENT):
-            part = range(start, min(start + ROWS_PER_STATEMENT, len(rows)))
-            values = [value for index in part for value in (ids[index], *rows[index])]
-            cursor.execute(_statement(len(part), with_id=True), values)
+        with connection.wrap_database_errors, cursor.copy(f"COPY {_table_and_columns('id')} FROM STDIN") as copy:
+            for pk, row in zip(ids, rows, strict=True):
+                copy.write_row((pk, *row))
     return ids
 
 
-def _prepared(request: NewRequest) -> Row:
+def _prepared(request: NewRequest, operations: BaseDatabaseOperations) -> Row:
+    """A request's values as the database takes them, in the order of the fields."""
     return [
-        value if field is None else field.get_db_prep_save(value, connection)
-        for field, value in zip(_fields_to_prepare(), request, strict=True)
+        operations.adapt_json_value(request.input_data, None),
+        operations.adapt_json_value(request.full_response, None),
+        request.response,
+        request.probability,
+        operations.adapt_datetimefield_value(request.created_at),
+        request.latency_ms,
+        request.customer_key,
+        request.parent_mlalgorithm_id,
+        request.abtest_id,
     ]
 
 
 @cache
-def _fields_to_prepare() -> list[Any]:
-    """For each value the field that puts it in the database's form, None where it has it already."""
-    fields = [next(f for f in MLRequest._meta.concrete_fields if f.attname == name) for name in NewRequest._fields]
-    return [field if isinstance(field, (DateTimeField, JSONField)) else None for field in fields]
+def _insert_statement() -> str:
+    placeholders = ", ".join(["%s"] * len(NewRequest._fields))
+    return f"INSERT INTO {_table_and_columns()} VALUES ({placeholders})"
 
 
-@cache
-def _statement(rows: int, with_id: bool = False) -> str:
-    names = ["id"] * with_id + [
-        field.column
-        for name in NewRequest._fields
-        for field in MLRequest._meta.concrete_fields
-        if field.attname == name
-    ]
+def _table_and_columns(*more: str) -> str:
+    column_of = {field.attname: field.column for field in MLRequest._meta.concrete_fields}
+    names = [column_of[name] for name in (*more, *NewRequest._fields)]
     quote = connection.ops.quote_name
-    values = ", ".join([f"({', '.join(['%s'] * len(names))})"] * rows)
-    return f"INSERT INTO {quote(MLRequest._meta.db_table)} ({', '.join(map(quote, names))}) VALUES {values}"
+    return f"{quote(MLRequest._meta.db_table)} ({', '.join(map(quote, names))})"

@@ -22,10 +22,15 @@ if TYPE_CHECKING:
     from rest_framework.views import APIView
 
 
-_USER_FIELDS = [field.attname for field in get_user_model()._meta.concrete_fields]
+# What a call may need to know of its user, in the order of the model's fields; the rest is read when it is asked for.
+_USER_FIELDS = [
+    field.attname
+    for field in get_user_model()._meta.concrete_fields
+    if field.primary_key or field.attname in {get_user_model().USERNAME_FIELD, "is_active", "is_superuser"}
+]
 _token = Prepared(
     lambda digest: AuthToken.objects.filter(digest=digest).values_list(
-        "digest", "expiry", *(f"user__{name}" for name in _USER_FIELDS)
+        "expiry", *(f"user__{name}" for name in _USER_FIELDS)
     )
 )
 
@@ -33,15 +38,17 @@ _token = Prepared(
 class TokenAuthentication(knox.auth.TokenAuthentication):
     """Knox's tokens, found by their hash: one query, and never a write (knox itself tidies up at every request)."""
 
-    def authenticate_credentials(self, token: bytes) -> tuple[Any, AuthToken]:
+    def authenticate_credentials(self, token: bytes) -> tuple[Any, None]:
         found = _token.first(hash_token(token.decode("latin-1")))
         if found is None:
             raise AuthenticationFailed("This token is not known.")
-        digest, expiry, *user = found
+        expiry, *user = found
         if expiry and expiry <= timezone.now():
             raise AuthenticationFailed("This token has expired.")
         user = get_user_model().from_db(DEFAULT_DB_ALIAS, _USER_FIELDS, user)
-        return self.validate_user(AuthToken(digest=digest, expiry=expiry, user=user))
+        if not user.is_active:
+            raise AuthenticationFailed("The user of this token is inactive.")
+        return user, None
 
 
 class TokenScheme(OpenApiAuthenticationExtension):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection
+from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
 
 _PLACEHOLDER = "\x00the value asked for"
@@ -35,18 +36,19 @@ class Prepared:
         A kept connection may have died since it was used last. Django would ask it whether it lives, which costs as
         much as asking what is to be known; so that is asked, and if it fails, once more on a new connection.
         """
-        connection.health_check_done = True
+        database = connections[DEFAULT_DB_ALIAS]
+        database.health_check_done = True
         try:
-            return self._ask(value)
+            return self._ask(value, database)
         except (OperationalError, InterfaceError):
-            if connection.in_atomic_block:
+            if database.in_atomic_block:
                 raise
-            connection.close()
-            return self._ask(value)
+            database.close()
+            return self._ask(value, database)
 
-    def _ask(self, value: str) -> list[Any] | None:
+    def _ask(self, value: str, database: BaseDatabaseWrapper) -> list[Any] | None:
         compiler, sql, parameters, converters = self._compiled
-        with connection.cursor() as cursor:
+        with database.cursor() as cursor:
             cursor.execute(sql, [value if parameter == _PLACEHOLDER else parameter for parameter in parameters])
             row = cursor.fetchone()
         if row is None:
