@@ -16,7 +16,6 @@ from django.contrib.messages import middleware as messages
 from django.contrib.sessions import middleware as sessions
 from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.middleware import csrf
 
 from server import health
 
@@ -166,10 +165,6 @@ class PagesOnly:
 
 
 class SessionMiddleware(PagesOnly, sessions.SessionMiddleware):
-    pass
-
-
-class CsrfViewMiddleware(PagesOnly, csrf.CsrfViewMiddleware):
     pass
 
 

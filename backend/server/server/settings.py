@@ -61,7 +61,7 @@ MIDDLEWARE = [
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "server.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
-    "server.middleware.CsrfViewMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
     "server.middleware.AuthenticationMiddleware",
     "server.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
