@@ -43,7 +43,7 @@ def _orm(rows: list[Any]) -> list[int]:
 def _alone(rows: list[Any]) -> list[int]:
     from apps.endpoints import journal
 
-    return journal._insert([journal._prepared(row) for row in rows])
+    return journal.insert(rows)
 
 
 def _together(rows: list[Any]) -> list[int]:
