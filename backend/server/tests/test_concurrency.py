@@ -135,10 +135,11 @@ def test_what_another_process_registers_is_served_by_every_worker_from_the_next_
     processes.manage("migrate", env=env)
     with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
 
-        def ask(count: int = 20) -> set[tuple[int, str | None]]:
-            """What the workers answer for the new version: each request is a new connection, so to any of them."""
+        def ask(count: int = 40) -> set[tuple[int, str | None]]:
+            """What the workers answer for the new version: so many ask at once that each worker gets some."""
             path = "/api/v1/classifier/predict?algorithm=extra_trees&version=1.1.0"
-            answers = [server.post(path, json=customer) for _ in range(count)]
+            with ThreadPoolExecutor(10) as pool:
+                answers = list(pool.map(lambda _: server.post(path, json=customer), range(count)))
             return {(answer.status_code, answer.json().get("version")) for answer in answers}
 
         assert train.main(["--data", str(customers_csv), "--artifacts-dir", str(artifacts_dir), "--seed", "1"]) == 0

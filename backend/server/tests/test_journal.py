@@ -81,3 +81,43 @@ def test_a_row_that_cannot_be_recorded_is_refused_to_its_own_caller_alone(record
     assert came["own"]
     assert (came["refused"], came["by"]) == (25, [0])
     assert came["rows"] == 11 * sum(1 + call % 3 for call in range(25))
+
+
+# The main thread waits for one that waits for the database, and is interrupted as Ctrl-C does it.
+INTERRUPTED = """
+import json, os, signal, sqlite3, sys, threading, time
+from django.db import connection
+from django.utils import timezone
+from apps.endpoints.journal import NewRequest, journal
+from apps.endpoints.models import MLRequest
+from apps.ml.registry import registry
+
+algorithm = registry.register_run()[0].pk
+
+def record(key):
+    journal.record([NewRequest({}, {}, "1", 0.5, timezone.now(), 1.0, key, algorithm, None)])
+
+other_writer = sqlite3.connect(connection.settings_dict["NAME"], isolation_level=None)
+other_writer.execute("BEGIN IMMEDIATE")
+first = threading.Thread(target=record, args=("first",))
+first.start()
+time.sleep(0.5)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    record("interrupted")
+except KeyboardInterrupt:
+    sys.stdout.write("interrupted ")
+other_writer.execute("ROLLBACK")
+first.join()
+record("later")
+sys.stdout.write(json.dumps(list(MLRequest.objects.order_by("pk").values_list("customer_key", flat=True))))
+"""
+
+
+def test_a_caller_that_is_interrupted_while_it_waits_holds_nobody_up(trained, tmp_path):
+    env = processes.environment(f"sqlite:///{tmp_path / 'server.sqlite3'}", trained)
+    processes.manage("migrate", env=env)
+
+    came = processes.manage("shell", "--no-imports", "-c", INTERRUPTED, env=env, timeout=60).stdout
+
+    assert came == 'interrupted ["first", "later"]'

@@ -44,6 +44,7 @@ class _Entry:
         self.rows = rows
         self.ids: list[int] | None = None
         self.error: Exception | None = None
+        self.writes = False  # whether its thread is the one that writes
         self.turn = threading.Lock()  # let go when the entry is settled, or when its thread is to write
         self.turn.acquire()
 
@@ -68,29 +69,44 @@ class Journal:
         if connection.in_atomic_block or len(requests) > SHARED_ROWS:
             return insert(requests)
         entry = _Entry(_prepared(requests))
-        with self._mutex:
-            self._waiting.append(entry)
-            waits, self._someone_writes = self._someone_writes, True
-        if waits:
-            entry.turn.acquire()
+        try:
+            with self._mutex:
+                self._waiting.append(entry)
+                entry.writes, self._someone_writes = not self._someone_writes, True
+            if not entry.writes:
+                entry.turn.acquire()
+        except BaseException:
+            self._give_up(entry)
+            raise
         if not entry.is_settled:
             self._write_all_that_wait()
         if entry.error is not None:
             raise entry.error
         return entry.ids
 
+    def _give_up(self, entry: _Entry) -> None:
+        """The entry's thread was interrupted while it waited. If it was its turn to write, it writes for the others."""
+        with self._mutex:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+        if entry.writes and not entry.is_settled:
+            self._write_all_that_wait()
+
     def _write_all_that_wait(self) -> None:
         """Settle whatever waits, one's own entry included, and then let the first of those that came since write."""
-        with self._mutex:
-            group, self._waiting = self._waiting, []
+        group: list[_Entry] = []
         try:
-            _settle(group)
+            with self._mutex:
+                group, self._waiting = self._waiting, []
+            if group:
+                _settle(group)
         finally:
             with self._mutex:
                 next_one = self._waiting[0] if self._waiting else None
                 self._someone_writes = next_one is not None
-            if next_one:
-                next_one.turn.release()
+                if next_one:
+                    next_one.writes = True
+                    next_one.turn.release()
             for entry in group:
                 if not entry.is_settled:
                     entry.error = OperationalError("The thread that wrote this was stopped.")

@@ -73,8 +73,8 @@ def _customer_of_form(request: Request) -> dict[str, str]:
 
 @lru_cache(maxsize=1024)
 def _wanted(query_string: str) -> Wanted:
-    """What a query asks for; clients ask for few things, again and again."""
-    return WantedSerializer(data=QueryDict(query_string)).wanted()
+    """What a query, as WSGI gives it, asks for; clients ask for few things, again and again."""
+    return WantedSerializer(data=QueryDict(query_string.encode("latin-1"))).wanted()
 
 
 class Api:
@@ -96,7 +96,7 @@ class Api:
         return settings.MAX_BODY_BYTES
 
     def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
-        (renderer,) = self.get_renderers()
+        renderer = self.get_renderers()[0]
         return renderer, renderer.media_type
 
 

@@ -6,6 +6,7 @@ scikit-learn spends milliseconds on one row before it reaches the trees, which t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,14 @@ class CompiledForest:
             np.concatenate(alone).tobytes() == expected.tobytes()
             and among_many.tobytes() == np.resize(expected, (many, 2)).tobytes()
         )
+
+
+def prepare() -> None:
+    """Compile what answers for all but the very largest forests, if numba is installed."""
+    with suppress(ImportError):
+        from apps.ml import kernels
+
+        kernels.compiled(wide=False)
 
 
 def compile_forest(estimator: Any) -> CompiledForest | None:

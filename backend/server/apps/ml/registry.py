@@ -25,6 +25,7 @@ from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.classifier.decision_tree import DecisionTreeClassifier
 from apps.ml.classifier.extra_trees import ExtraTreesClassifier
 from apps.ml.classifier.random_forest import RandomForestClassifier
+from apps.ml.forest import prepare
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Served:
     endpoint_id: int
     newest_step: int | None
     statuses: Sequence[MLAlgorithmStatus]
+    algorithm_ids: frozenset[int]
 
 
 class MLRegistry:
@@ -140,7 +142,8 @@ class MLRegistry:
 
         They are read again only when the endpoint's history has grown. Whatever changes who answers, the start and
         the end of a test included, adds a status under the endpoint's lock; so its newest id tells whether what
-        this process knows still holds, and one cheap query asks for it anew each time.
+        this process knows still holds, and one cheap query asks for it anew each time. Not to be called within a
+        transaction that changes statuses: if it is rolled back, its ids may come again.
         """
         found = _newest_step.first(endpoint_name)
         if found is None:
@@ -148,6 +151,8 @@ class MLRegistry:
         endpoint_id, newest_step = found
         known = self._served.get(endpoint_name)
         if known and (known.endpoint_id, known.newest_step) == (endpoint_id, newest_step):
+            # A request that was chosen before a retirement may have loaded the retired one again.
+            self.unload_all_but(endpoint_id, known.algorithm_ids)
             return known.statuses
         # One query, hence one moment: a test that starts or stops meanwhile is seen whole or not at all.
         running = FilteredRelation("parent_endpoint__abtests", condition=Q(parent_endpoint__abtests__ended_at=None))
@@ -158,8 +163,9 @@ class MLRegistry:
             .select_related("parent_mlalgorithm")
             .order_by("parent_mlalgorithm_id")
         )
-        self._served[endpoint_name] = Served(endpoint_id, newest_step, statuses)
-        self.unload_all_but(endpoint_id, {status.parent_mlalgorithm_id for status in statuses})
+        algorithm_ids = frozenset(status.parent_mlalgorithm_id for status in statuses)
+        self._served[endpoint_name] = Served(endpoint_id, newest_step, statuses, algorithm_ids)
+        self.unload_all_but(endpoint_id, algorithm_ids)
         return statuses
 
     def get(self, algorithm: MLAlgorithm) -> RetentionClassifier:
@@ -183,7 +189,11 @@ class MLRegistry:
         return classifier
 
     def warm(self) -> dict[MLAlgorithm, ArtifactError]:
-        """Load all that is served; a model that cannot be loaded stops nothing but itself, and is returned."""
+        """Load all that is served; a model that cannot be loaded stops nothing but itself, and is returned.
+
+        What a model that comes later needs is compiled now too, so that no request waits for it.
+        """
+        prepare()
         failures = {}
         for status in MLAlgorithmStatus.objects.served().select_related("parent_mlalgorithm"):
             try:

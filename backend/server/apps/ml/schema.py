@@ -372,7 +372,7 @@ class Schema:
                 numbers.append(column.encode(value))
             except ValueError:
                 return None
-            if column.kind == CATEGORICAL:
+            if column.kind == CATEGORICAL and numbers[-1] == UNSEEN_CATEGORY:
                 unseen.append(_not_seen(column, value))
         return AlignedRows(
             np.array([numbers], dtype=np.float64),

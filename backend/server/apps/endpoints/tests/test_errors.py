@@ -84,6 +84,13 @@ def wsgi(api, application):
     return send
 
 
+def test_a_name_in_another_script_is_repeated_as_it_was_sent(wsgi, algorithms):
+    as_wsgi_has_it = "algorithm=é".encode().decode("latin-1")
+    status, answer = wsgi(b'{"Orders": 3}', QUERY_STRING=as_wsgi_has_it)
+    assert status == 400
+    assert answer["message"].startswith("No algorithm fits algorithm=é;")
+
+
 class TestAddresses:
     @pytest.mark.parametrize(
         "address",

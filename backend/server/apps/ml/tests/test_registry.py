@@ -12,12 +12,14 @@ from pathlib import Path
 
 import joblib
 import pytest
+from django.utils import timezone
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.tree import DecisionTreeClassifier as Tree
 
 import train
 from apps.endpoints import lifecycle
 from apps.endpoints.models import Endpoint, MLAlgorithm, MLAlgorithmStatus
+from apps.ml import kernels
 from apps.ml import registry as registry_module
 from apps.ml.artifacts import ArtifactError, NoTrainingRun, open_run
 from apps.ml.classifier.base import RetentionClassifier
@@ -280,6 +282,25 @@ def test_what_is_not_served_any_more_is_let_go_on_its_endpoint_only(algorithms):
     assert set(registry.endpoints) == {one.pk for one in other}
     assert registry.get(tree).algorithm == "decision_tree"
     assert registry.get(extra).algorithm == "extra_trees"
+
+
+def test_a_retired_model_that_a_late_request_loads_again_is_let_go_at_the_next_request(api, algorithms, customer):
+    extra = algorithms["extra_trees"]
+    lifecycle.set_status(extra, "retired", by="ana", now=timezone.now())
+    assert api.post("/api/v1/classifier/predict?status=production", customer).status_code == 200
+    registry.get(extra)
+
+    assert api.post("/api/v1/classifier/predict?status=production", customer).status_code == 200
+
+    assert extra.pk not in registry.endpoints
+
+
+def test_a_server_that_starts_without_a_model_has_compiled_what_one_will_need(db):
+    kernels._compiled.cache_clear()
+
+    assert registry.warm() == {}
+
+    assert kernels._compiled.cache_info().currsize == 1
 
 
 def test_a_row_whose_class_is_gone_says_which_line_is_missing(changeable, api, customer, monkeypatch):

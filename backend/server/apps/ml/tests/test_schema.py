@@ -216,6 +216,7 @@ values = st.one_of(
             "\ud800",
             1 + 0j,
             Decimal(1),
+            np.str_("basic"),
         ]
     ),
 )
