@@ -12,6 +12,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "server.settings")
 
 from django.conf import settings  # noqa: E402
 from django.core.exceptions import ImproperlyConfigured  # noqa: E402
+from gunicorn.workers.gthread import ThreadWorker  # noqa: E402
 
 from server import environment as env  # noqa: E402
 
@@ -26,7 +27,17 @@ try:
     threads = env.number("WEB_THREADS", 4)
 except ImproperlyConfigured as error:
     sys.exit(str(error))
-worker_class = "gthread"
+
+
+class Worker(ThreadWorker):
+    """Ctrl-C ends it at once, also while a client is slow to send; SIGTERM is what lets requests end first."""
+
+    def handle_quit(self, sig, frame):
+        # gunicorn's own would take locks here that the interrupted code may hold.
+        os._exit(0)
+
+
+worker_class = Worker
 # A process that gives no sign of life for so long is replaced. A slow request does not count: it has a thread.
 timeout = 120
 # How long a stopping server goes on with the requests that it has accepted.
@@ -43,11 +54,6 @@ def when_ready(server):
     """In development a closed terminal ends the server as Ctrl-C does; to gunicorn its signal says: reload."""
     if settings.DEBUG:
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-
-
-def worker_int(worker):
-    """Ctrl-C ends at once, also while a client is slow to send; SIGTERM is what lets requests end first."""
-    os._exit(0)
 
 
 def post_worker_init(worker):
