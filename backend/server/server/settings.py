@@ -103,9 +103,9 @@ DATABASES = {"default": env.database("DATABASE_URL", default=BASE_DIR / "db.sqli
 _database = DATABASES["default"]
 if _database["ENGINE"] == "django.db.backends.sqlite3":
     _synchronous = env.text("SQLITE_SYNCHRONOUS", "NORMAL", choices=("NORMAL", "FULL", "EXTRA"))
-    # Immediate transactions queue up for the write lock instead of failing when they need it half-way.
     # Opening the file costs more than a request, and closing it last writes the whole log back: keep it open.
     _database["CONN_MAX_AGE"] = None
+    # Immediate transactions queue up for the write lock instead of failing when they need it half-way.
     _database["OPTIONS"] = {
         "timeout": 20,
         "transaction_mode": "IMMEDIATE",

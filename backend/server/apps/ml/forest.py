@@ -111,8 +111,8 @@ class CompiledForest:
 
 
 def prepare() -> None:
-    """Compile what answers for all but the very largest forests, if numba is installed."""
-    with suppress(ImportError):
+    """Compile what answers for all but the very largest forests; loading a model says why, where that cannot be."""
+    with suppress(Exception):
         from apps.ml import kernels
 
         kernels.compiled(wide=False)
