@@ -6,6 +6,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http import HTTPStatus
 
 import structlog
@@ -15,7 +16,7 @@ from django.contrib.auth import middleware as auth
 from django.contrib.messages import middleware as messages
 from django.contrib.sessions import middleware as sessions
 from django.core.exceptions import DisallowedHost
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.http import HttpRequest, HttpResponse, JsonResponse, UnreadablePostError
 
 from server import health
 
@@ -28,6 +29,30 @@ _FORWARDED_FOR = re.compile(r'for="?\[?([^;,"\]]*)', re.IGNORECASE)
 
 def _error(status: int, message: str) -> JsonResponse:
     return JsonResponse({"status": "Error", "message": message}, status=status)
+
+
+class WholeBody:
+    """Reads what a refused client is still sending.
+
+    A server that closes a connection with bytes unread resets it: the client, or nginx (which then says 502),
+    may lose the answer that says what was wrong.
+    """
+
+    # More than the proxy lets through; whoever sends more than that sees the connection close.
+    MOST_BYTES = 128 * 2**20
+    PIECE = 2**16
+
+    def __init__(self, get_response: Handler):
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        response = self.get_response(request)
+        if response.status_code >= 400:
+            with suppress(UnreadablePostError):
+                for _ in range(0, self.MOST_BYTES, self.PIECE):
+                    if not request.read(self.PIECE):
+                        break
+        return response
 
 
 class RequestLog:

@@ -53,6 +53,7 @@ INSTALLED_APPS = [
     "apps.endpoints",
 ]
 MIDDLEWARE = [
+    "server.middleware.WholeBody",
     "server.middleware.RequestLog",
     "server.middleware.JsonErrors",
     "server.middleware.LoopbackOnly",

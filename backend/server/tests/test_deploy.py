@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,19 @@ def test_the_server_itself_says_that_an_upload_is_too_large(deployed, tmp_path):
 
     assert status == 413 and headers["content-type"] == "application/json"
     assert "the limit is 100,000" in json.loads(body)["message"]
+
+
+@pytest.mark.parametrize("token, status", [("right", 413), ("wrong", 401)])
+def test_a_client_that_sends_all_before_it_reads_learns_why_it_was_refused(deployed, token, status):
+    headers = {"Host": NAME, "X-Forwarded-Proto": "https", "Content-Type": "text/csv"}
+    headers["Authorization"] = f"Token {deployed.token if token == 'right' else token}"
+
+    connection = HTTPConnection(deployed.server.url.removeprefix("http://"), timeout=30)
+
+    connection.request("POST", "/api/v1/batch-predict", b"Plan\n" + b"basic\n" * 4_000_000, headers)
+
+    answer = connection.getresponse()
+    assert answer.status == status and json.loads(answer.read())["message"]
 
 
 def test_the_admin_shows_its_login_page_with_styles_and_lets_the_first_admin_in(deployed, tmp_path):
