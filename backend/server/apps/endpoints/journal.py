@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, transaction
 
 from apps.endpoints.models import MLRequest
+from apps.endpoints.sql import Statement
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
 SHARED_ROWS = 100
@@ -150,14 +151,12 @@ def _insert(rows: list[Row]) -> list[int]:
 
 def _insert_one_by_one(rows: list[Row]) -> list[int]:
     """Where the database runs in this process, a statement for each row costs hardly more than one for all."""
-    returns_id = connection.vendor == "postgresql"
-    statement = _insert_statement() + " RETURNING id" * returns_id
-    ids = []
-    with connection.cursor() as cursor:
-        for row in rows:
-            cursor.execute(statement, row)
-            ids.append(cursor.fetchone()[0] if returns_id else cursor.lastrowid)
-    return ids
+    database = connections[DEFAULT_DB_ALIAS]
+    if connection.vendor == "postgresql":
+        statement = _insert_statement(returning_id=True)
+        return [statement.first_row(database, row)[0] for row in rows]
+    statement = _insert_statement(returning_id=False)
+    return [statement.last_id(database, row) for row in rows]
 
 
 def _insert_in_a_pipeline(rows: list[Row]) -> list[int]:
@@ -166,7 +165,7 @@ def _insert_in_a_pipeline(rows: list[Row]) -> list[int]:
 
     ids = []
     with connection.wrap_database_errors, Cursor(connection.connection) as cursor:
-        cursor.executemany(_insert_statement() + " RETURNING id", rows, returning=True)
+        cursor.executemany(_insert_sql() + " RETURNING id", rows, returning=True)
         for _ in rows:
             ids.append(cursor.fetchone()[0])
             cursor.nextset()
@@ -207,7 +206,12 @@ def _prepared(requests: Sequence[NewRequest]) -> list[Row]:
 
 
 @cache
-def _insert_statement() -> str:
+def _insert_statement(*, returning_id: bool) -> Statement:
+    return Statement(_insert_sql() + " RETURNING id" * returning_id)
+
+
+@cache
+def _insert_sql() -> str:
     placeholders = ", ".join(["%s"] * len(NewRequest._fields))
     return f"INSERT INTO {_table_and_columns()} VALUES ({placeholders})"
 

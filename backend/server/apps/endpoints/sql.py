@@ -1,9 +1,10 @@
-"""Queries of the ORM that are compiled once, for the paths on which compiling would cost more than answering."""
+"""SQL for the paths on which Django's own way costs more than the answer: compiled once, on the driver's cursor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import attrgetter, methodcaller
 from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connections
@@ -13,8 +14,46 @@ from django.db.models import QuerySet
 _PLACEHOLDER = "\x00the value asked for"
 
 
+class Statement:
+    """SQL with %s for each parameter and no other percent sign."""
+
+    def __init__(self, sql: str):
+        self._sql = sql
+
+    @cached_property
+    def _on_sqlite(self) -> str:
+        return self._sql.replace("%s", "?")
+
+    def first_row(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> Sequence[Any] | None:
+        return self._run(database, parameters, _fetched)
+
+    def last_id(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> int:
+        """The id of the row that it inserted, as drivers tell it who have no RETURNING."""
+        return self._run(database, parameters, _last_id)
+
+    def _run(self, database: BaseDatabaseWrapper, parameters: Sequence[Any], read: Callable[[Any], Any]) -> Any:
+        """On the driver's own cursor: Django's costs as much again as the statement, and serves those who watch."""
+        if database.queries_logged or database.execute_wrappers:
+            with database.cursor() as cursor:
+                cursor.execute(self._sql, parameters)
+                return read(cursor)
+        database.ensure_connection()
+        database.validate_no_broken_transaction()
+        with database.wrap_database_errors:
+            cursor = database.connection.cursor()
+            try:
+                cursor.execute(self._on_sqlite if database.vendor == "sqlite" else self._sql, parameters)
+                return read(cursor)
+            finally:
+                cursor.close()
+
+
+_fetched = methodcaller("fetchone")
+_last_id = attrgetter("lastrowid")
+
+
 class Prepared:
-    """A query with one text parameter.
+    """A query of the ORM with one text parameter, compiled once.
 
     build: the queryset for a value of the parameter, ended by `values_list`. Its SQL may depend on the
     database, not on the value.
@@ -24,11 +63,17 @@ class Prepared:
         self._build = build
 
     @cached_property
-    def _compiled(self) -> tuple[Any, str, tuple[Any, ...], dict[int, Any]]:
+    def _compiled(self) -> tuple[Statement, tuple[Any, ...], list[tuple[int, Any, Callable[..., Any]]]]:
+        """The statement, its parameters, and for columns that need it: position, expression and converter."""
         compiler = self._build(_PLACEHOLDER).query.get_compiler(DEFAULT_DB_ALIAS)
         sql, parameters = compiler.as_sql()
-        converters = compiler.get_converters([expression for expression, *_ in compiler.select])
-        return compiler, sql, tuple(parameters), converters
+        expressions = [expression for expression, *_ in compiler.select]
+        converters = [
+            (position, expression, convert)
+            for position, (converts, expression) in compiler.get_converters(expressions).items()
+            for convert in converts
+        ]
+        return Statement(sql), tuple(parameters), converters
 
     def first(self, value: str) -> list[Any] | None:
         """The first row for a value, None when there is none.
@@ -47,10 +92,11 @@ class Prepared:
             return self._ask(value, database)
 
     def _ask(self, value: str, database: BaseDatabaseWrapper) -> list[Any] | None:
-        compiler, sql, parameters, converters = self._compiled
-        with database.cursor() as cursor:
-            cursor.execute(sql, [value if parameter == _PLACEHOLDER else parameter for parameter in parameters])
-            row = cursor.fetchone()
+        statement, parameters, converters = self._compiled
+        row = statement.first_row(database, [value if each == _PLACEHOLDER else each for each in parameters])
         if row is None:
             return None
-        return next(iter(compiler.apply_converters([row], converters))) if converters else list(row)
+        values = list(row)
+        for position, expression, convert in converters:
+            values[position] = convert(values[position], expression, database)
+        return values
