@@ -31,7 +31,7 @@ def _error(status: int, message: str) -> JsonResponse:
     return JsonResponse({"status": "Error", "message": message}, status=status)
 
 
-class WholeBody:
+class Drained:
     """Reads what a refused client is still sending.
 
     A server that closes a connection with bytes unread resets it: the client, or nginx (which then says 502),

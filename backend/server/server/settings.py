@@ -53,7 +53,7 @@ INSTALLED_APPS = [
     "apps.endpoints",
 ]
 MIDDLEWARE = [
-    "server.middleware.WholeBody",
+    "server.middleware.Drained",
     "server.middleware.RequestLog",
     "server.middleware.JsonErrors",
     "server.middleware.LoopbackOnly",
