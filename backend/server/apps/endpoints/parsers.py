@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, BinaryIO
 
 from rest_framework import parsers
@@ -21,26 +22,32 @@ class CountingStream:
         return data
 
 
-class WholeBody:
-    """Refuses a body that broke off on its way: what is left of a form still reads as one, with fewer customers."""
+def _check_whole(read: int, context: dict[str, Any]) -> None:
+    """Refuse a body that broke off on its way: what is left of a form still reads as one, with fewer customers."""
+    announced = int(context["request"].META.get("CONTENT_LENGTH") or 0)
+    if read < announced:
+        raise ParseError(f"The body broke off after {read:,} of {announced:,} bytes; send it again.")
 
+
+class WholeBody:
     def parse(self, stream: BinaryIO, media_type: str, parser_context: dict[str, Any]) -> Any:
         counting = CountingStream(stream)
         parsed = super().parse(counting, media_type, parser_context)
-        announced = int(parser_context["request"].META.get("CONTENT_LENGTH") or 0)
-        if counting.bytes_read < announced:
-            raise ParseError(f"The body broke off after {counting.bytes_read:,} of {announced:,} bytes; send it again.")
+        _check_whole(counting.bytes_read, parser_context)
         return parsed
 
 
-class JSONBody(WholeBody, parsers.JSONParser):
+class JSONBody(parsers.JSONParser):
     """JSON. NaN and Infinity pass, so that the schema can name the field that holds them."""
 
-    strict = False
-
-    def parse(self, *args: Any, **kwargs: Any) -> Any:
+    def parse(self, stream: BinaryIO, media_type: str, parser_context: dict[str, Any]) -> Any:
+        encoding = parsers.get_encoding(parser_context)
+        body = stream.read()
+        _check_whole(len(body), parser_context)
         try:
-            return super().parse(*args, **kwargs)
+            return json.loads(body.decode(encoding))
+        except ValueError as error:
+            raise ParseError(f"JSON parse error - {error}") from None
         except RecursionError:
             raise ParseError("JSON parse error - nested too deeply.") from None
 

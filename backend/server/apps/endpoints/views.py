@@ -82,10 +82,11 @@ class Api:
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
-        if "Transfer-Encoding" in request.headers:
+        headers = request.META
+        if "HTTP_TRANSFER_ENCODING" in headers:
             raise LengthRequired
         try:
-            announced = int(request.META.get("CONTENT_LENGTH") or 0)
+            announced = int(headers.get("CONTENT_LENGTH") or 0)
         except ValueError:
             raise ParseError("The header Content-Length is no number.") from None
         limit = self.max_bytes()
@@ -202,12 +203,15 @@ class PredictView(Api, APIView):
     )
     def post(self, request: Request, endpoint_name: str) -> Response:
         wanted = _wanted(request.META.get("QUERY_STRING", ""))
-        is_form, is_list = _is_form(request), isinstance(request.data, list)
-        rows = [_customer_of_form(request)] if is_form else request.data if is_list else [request.data]
+        data = request.data
+        is_form, is_list = isinstance(data, QueryDict), isinstance(data, list)
+        rows = [_customer_of_form(request)] if is_form else data if is_list else [data]
         if not rows:
             raise ParseError("The list is empty; send at least one customer.")
         answers = prediction.predict(endpoint_name, rows, wanted, now=timezone.now(), as_text=is_form)
-        return Response([answer.as_json() for answer in answers] if is_list else answers[0].as_json())
+        body = [answer.as_json() for answer in answers] if is_list else answers[0].as_json()
+        renderer = request.accepted_renderer
+        return HttpResponse(renderer.render(body), content_type=renderer.media_type)
 
 
 class BatchPredictView(Api, APIView):
