@@ -20,6 +20,9 @@ from apps.ml.registry import registry
 from apps.ml.schema import InputError, Problem, Schema
 
 
+_STATUSES = frozenset(Status.values)
+
+
 class PredictionError(Exception):
     """A request that cannot be answered; the message says why and what to do."""
 
@@ -110,7 +113,7 @@ def choose(endpoint_name: str, wanted: Wanted, *, in_test: bool = True) -> Choic
     A caller who names a version or an algorithm gets that one. While a test runs, its champion still
     counts as the production algorithm. Raises PredictionError.
     """
-    if wanted.status is not None and wanted.status not in Status.values:
+    if wanted.status is not None and wanted.status not in _STATUSES:
         names = ", ".join(status for status in Status.values if status != Status.RETIRED)
         raise NoSuchAlgorithm(f"There is no status {wanted.status!r}; use one of {names}.")
     served = registry.served(endpoint_name)
