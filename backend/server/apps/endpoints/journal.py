@@ -143,20 +143,35 @@ def _insert(rows: list[Row]) -> list[int]:
     """Insert rows in one transaction; returns the id of each."""
     if len(rows) == 1:  # a statement by itself is one
         return _insert_one_by_one(rows)
+    are_many = len(rows) > SHARED_ROWS
     with transaction.atomic():
         if connection.vendor == "postgresql":
-            return _copy_with_ids_drawn_first(rows) if len(rows) > SHARED_ROWS else _insert_in_a_pipeline(rows)
-        return _insert_one_by_one(rows)
+            return _copy_with_ids_drawn_first(rows) if are_many else _insert_in_a_pipeline(rows)
+        return _insert_in_a_row(rows) if are_many and connection.vendor == "sqlite" else _insert_one_by_one(rows)
 
 
 def _insert_one_by_one(rows: list[Row]) -> list[int]:
-    """Where the database runs in this process, a statement for each row costs hardly more than one for all."""
+    """A statement for each row."""
     database = connections[DEFAULT_DB_ALIAS]
-    if connection.vendor == "postgresql":
+    if database.vendor == "postgresql":
         statement = _insert_statement(returning_id=True)
         return [statement.first_row(database, row)[0] for row in rows]
     statement = _insert_statement(returning_id=False)
     return [statement.last_id(database, row) for row in rows]
+
+
+def _insert_in_a_row(rows: list[Row]) -> list[int]:
+    """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other."""
+    first, *others = rows
+    (first_id,) = _insert_one_by_one([first])
+    with connection.cursor() as cursor:
+        cursor.executemany(_insert_sql(), others)
+        cursor.execute("SELECT last_insert_rowid()")
+        (last_id,) = cursor.fetchone()
+    ids = list(range(first_id, last_id + 1))
+    if len(ids) != len(rows):
+        raise InterfaceError(f"{len(rows)} rows were given the ids from {first_id} to {last_id}.")
+    return ids
 
 
 def _insert_in_a_pipeline(rows: list[Row]) -> list[int]:
@@ -189,13 +204,14 @@ def _copy_with_ids_drawn_first(rows: list[Row]) -> list[int]:
 def _prepared(requests: Sequence[NewRequest]) -> list[Row]:
     """The values of requests as the database takes them, in the order of the fields."""
     operations = connections[DEFAULT_DB_ALIAS].ops
+    adapted_time = cache(operations.adapt_datetimefield_value)  # the rows of a call share one moment
     return [
         [
             operations.adapt_json_value(request.input_data, None),
             operations.adapt_json_value(request.full_response, None),
             request.response,
             request.probability,
-            operations.adapt_datetimefield_value(request.created_at),
+            adapted_time(request.created_at),
             request.latency_ms,
             request.customer_key,
             request.parent_mlalgorithm_id,

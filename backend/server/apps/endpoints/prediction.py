@@ -19,7 +19,6 @@ from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.registry import registry
 from apps.ml.schema import InputError, Problem, Schema
 
-
 _STATUSES = frozenset(Status.values)
 
 
@@ -183,7 +182,10 @@ def score(choice: Choice, rows: Sequence[Mapping[str, Any]], *, now: datetime, a
     Raises Unavailable, InputError.
     """
     choice = _without_a_broken_arm(choice)
-    arms = [abtests.choose_arm(choice.algorithms) for _ in rows]
+    if len(choice.algorithms) == 1:
+        arms = [*choice.algorithms] * len(rows)
+    else:
+        arms = [abtests.choose_arm(choice.algorithms) for _ in rows]
     recorded: dict[int, tuple[MLAlgorithm, NewRequest]] = {}
     problems: list[Problem] = []
     for algorithm in choice.algorithms:

@@ -281,6 +281,21 @@ class TestWhatIsLogged:
         with django_assert_num_queries(2):
             api.post(PRODUCTION, customer)
 
+    @pytest.mark.parametrize("rows", [2, 100, 101, 400])
+    def test_each_customer_of_a_list_is_logged_under_the_id_that_its_answer_names(
+        self, api, algorithms, customer, rows
+    ):
+        gone = api.post(PRODUCTION, [customer] * rows).json()
+        MLRequest.objects.filter(pk=gone[-1]["request_id"]).delete()
+
+        answers = api.post(
+            PRODUCTION, [{**customer, "CustomerId": f"C{n}", "Orders": n % 9} for n in range(rows)]
+        ).json()
+
+        assert [
+            (MLRequest.objects.get(pk=answer["request_id"]).customer_key, answer["probability"]) for answer in answers
+        ] == [(f"C{n}", MLRequest.objects.get(customer_key=f"C{n}").probability) for n in range(rows)]
+
     def test_what_serves_is_asked_once_for_a_list(self, api, algorithms, customer):
         api.post(PRODUCTION, customer)
 
