@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, transaction
 
+from apps.endpoints.json_text import dumps
 from apps.endpoints.models import MLRequest
 from apps.endpoints.sql import Statement
 
@@ -203,12 +204,11 @@ def _copy_with_ids_drawn_first(rows: list[Row]) -> list[int]:
 
 def _prepared(requests: Sequence[NewRequest]) -> list[Row]:
     """The values of requests as the database takes them, in the order of the fields."""
-    operations = connections[DEFAULT_DB_ALIAS].ops
-    adapted_time = cache(operations.adapt_datetimefield_value)  # the rows of a call share one moment
+    adapted_time = cache(connection.ops.adapt_datetimefield_value)  # the rows of a call share one moment
     return [
         [
-            operations.adapt_json_value(request.input_data, None),
-            operations.adapt_json_value(request.full_response, None),
+            dumps(request.input_data),
+            dumps(request.full_response),
             request.response,
             request.probability,
             adapted_time(request.created_at),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, BinaryIO
 
 from rest_framework import parsers
 from rest_framework.exceptions import ParseError
+
+from apps.endpoints import json_text
 
 
 class CountingStream:
@@ -45,7 +46,7 @@ class JSONBody(parsers.JSONParser):
         body = stream.read()
         _check_whole(len(body), parser_context)
         try:
-            return json.loads(body.decode(encoding))
+            return json_text.loads(body, encoding)
         except ValueError as error:
             raise ParseError(f"JSON parse error - {error}") from None
         except RecursionError:

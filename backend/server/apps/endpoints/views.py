@@ -22,7 +22,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from apps.endpoints import abtests, batch, feedback, lifecycle, prediction
+from apps.endpoints import abtests, batch, feedback, json_text, lifecycle, prediction
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
 from apps.endpoints.filters import AlgorithmFilter, NewestFirst, RequestFilter, StatusFilter
 from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
@@ -210,8 +210,7 @@ class PredictView(Api, APIView):
             raise ParseError("The list is empty; send at least one customer.")
         answers = prediction.predict(endpoint_name, rows, wanted, now=timezone.now(), as_text=is_form)
         body = [answer.as_json() for answer in answers] if is_list else answers[0].as_json()
-        renderer = request.accepted_renderer
-        return HttpResponse(renderer.render(body), content_type=renderer.media_type)
+        return HttpResponse(json_text.dumps(body), content_type="application/json")
 
 
 class BatchPredictView(Api, APIView):
