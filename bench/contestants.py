@@ -185,8 +185,8 @@ def _manage(environment: Mapping[str, str], *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _product(subject: Subject, port: int, database_url: str, count: Callable[[str], int]) -> Launch:
-    environment = production(port, DATABASE_URL=database_url, ML_ARTIFACTS_DIR=str(subject.artifacts))
+def _product(subject: Subject, port: int, database_url: str, count: Callable[[str], int], **settings: str) -> Launch:
+    environment = production(port, DATABASE_URL=database_url, ML_ARTIFACTS_DIR=str(subject.artifacts), **settings)
     _manage(environment, "migrate", "--verbosity", "0")
     token = _manage(environment, "create_token", "bench", "--create-user")
     return Launch(
@@ -198,28 +198,39 @@ def _product(subject: Subject, port: int, database_url: str, count: Callable[[st
     )
 
 
-def on_sqlite(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
+def on_sqlite(stack: ExitStack, subject: Subject, folder: Path, port: int, **settings: str) -> Launch:
     file = folder / "db.sqlite3"
 
     def count(query: str) -> int:
         with closing(sqlite3.connect(file)) as connection:
             return connection.execute(query).fetchone()[0]
 
-    return _product(subject, port, f"sqlite:///{file}", count)
+    return _product(subject, port, f"sqlite:///{file}", count, **settings)
 
 
-def on_postgresql(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
+def on_flushed_sqlite(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
+    return on_sqlite(stack, subject, folder, port, SQLITE_SYNCHRONOUS="FULL")
+
+
+def on_postgresql(stack: ExitStack, subject: Subject, folder: Path, port: int, flushed: bool = True) -> Launch:
     import psycopg
 
     if postgresql.binaries() is None:
         raise Unavailable(postgresql.HOW_TO_GET)
     url = postgresql.new_database(stack.enter_context(postgresql.running(durable=True)))
+    if not flushed:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(f'ALTER DATABASE "{connection.info.dbname}" SET synchronous_commit = off')
 
     def count(query: str) -> int:
         with psycopg.connect(url) as connection:
             return connection.execute(query).fetchone()[0]
 
     return _product(subject, port, url, count)
+
+
+def on_unflushed_postgresql(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
+    return on_postgresql(stack, subject, folder, port, flushed=False)
 
 
 def floor(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
@@ -313,7 +324,7 @@ def _theirs(name: str, title: str, launch: Callable[..., Launch], **more: Any) -
 
 PREDICT = "/api/v1/classifier/predict?status=production"
 INFER = "/v2/models/retention/infer"
-OURS = {"path": PREDICT, "body": by_name, "read": lambda answer: answer["probability"], "is_ours": True}
+OURS = {"path": PREDICT, "body": by_name, "read": lambda answer: answer["probability"]}
 FASTAPI = {"path": "/predict", "body": rows, "read": lambda answer: answer["probability"][0]}
 BENTOML = {"environment": "bentoml", "path": "/predict", "body": rows, "read": lambda answer: answer[0]}
 MLFLOW = {"path": "/invocations", "body": inputs, "read": lambda answer: answer["predictions"][0][1]}
@@ -326,8 +337,10 @@ MLSERVER = {
 
 #: In the order of the tables. onnxruntime counts in float32, and so is off in the seventh digit; the others are exact.
 ALL = (
-    Contestant("sqlite", "this product on SQLite", on_sqlite, **OURS),
-    Contestant("postgresql", "this product on PostgreSQL", on_postgresql, **OURS),
+    Contestant("sqlite", "this product on SQLite", on_sqlite, is_ours=True, **OURS),
+    Contestant("postgresql", "this product on PostgreSQL", on_postgresql, is_ours=True, **OURS),
+    Contestant("sqlite-full", "itself on SQLite with FULL", on_flushed_sqlite, in_quick=False, **OURS),
+    Contestant("postgresql-off", "itself on PostgreSQL with off", on_unflushed_postgresql, in_quick=False, **OURS),
     _theirs("fastapi-onnxruntime", "FastAPI with onnxruntime", fastapi_onnxruntime, tolerance=1e-6, **FASTAPI),
     _theirs("fastapi-sklearn", "FastAPI with scikit-learn", fastapi_sklearn, **FASTAPI),
     _theirs("mlserver", "MLServer", mlserver, **MLSERVER),
