@@ -1,5 +1,6 @@
 """Settings, from the environment or a `.env` file at the top of the repository; `.env.example` lists them all."""
 
+import sys
 from pathlib import Path
 
 import environ
@@ -116,6 +117,11 @@ if _database["ENGINE"] == "django.db.backends.sqlite3":
 else:
     _database.setdefault("CONN_MAX_AGE", env.number("CONN_MAX_AGE", default=60, least=0))
     _database["CONN_HEALTH_CHECKS"] = True
+    # PostgreSQL plans the statements of a prediction once per connection. Poolers that hand connections on between
+    # transactions cannot keep that; Django's own switch for them is ?DISABLE_SERVER_SIDE_CURSORS=True in the URL.
+    if _database["ENGINE"].endswith(".postgresql") and not _database.get("DISABLE_SERVER_SIDE_CURSORS"):
+        # So often that only those are prepared which ask for it.
+        _database["OPTIONS"] = {"prepare_threshold": sys.maxsize, **_database.get("OPTIONS", {})}
 
 # --- REST -------------------------------------------------------------------------------------------------
 REST_FRAMEWORK = {

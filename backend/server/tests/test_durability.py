@@ -141,3 +141,21 @@ def test_a_database_that_dropped_its_connections_costs_no_client_an_error(postgr
             ).fetchall()
         assert dropped
         assert ask_often() == {200}
+
+
+def test_a_table_that_changed_under_a_running_server_costs_no_client_an_error(postgresql_url, trained, tmp_path):
+    url = postgresql.new_database(postgresql_url)
+    env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="WARNING")
+    processes.manage("migrate", env=env)
+    token = processes.manage("create_token", "shop", "--create-user", env=env).stdout.strip()
+    with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server, requests.Session() as shop:
+        shop.headers["Authorization"] = f"Token {token}"
+
+        def ask() -> int:
+            path = f"{server.url}/api/v1/classifier/predict?status=production"
+            return shop.post(path, json={"Orders": 3}, timeout=30).status_code
+
+        assert {ask() for _ in range(20)} == {200}
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("ALTER TABLE auth_user ALTER COLUMN username TYPE varchar(200)")
+        assert {ask() for _ in range(20)} == {200}

@@ -252,6 +252,21 @@ def test_the_file_of_an_sqlite_url_does_not_depend_on_the_working_directory(monk
 
 
 @pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("postgresql://u:p@h/db", {"prepare_threshold": sys.maxsize}),
+        ("postgresql://u:p@h/db?prepare_threshold=0&connect_timeout=3", {"prepare_threshold": 0, "connect_timeout": 3}),
+        ("postgresql://u:p@h/db?DISABLE_SERVER_SIDE_CURSORS=True", {}),
+        ("mysql://u:p@h/db", {}),
+    ],
+)
+def test_statements_are_prepared_on_postgresql_unless_a_pooler_is_in_between(url, options):
+    (database,) = settings_of(bare(DATABASE_URL=url))["DATABASES"].values()
+
+    assert database.get("OPTIONS", {}) == options
+
+
+@pytest.mark.parametrize(
     ("url", "engine"), [("postgres", "postgresql"), ("postgresql", "postgresql"), ("mysql", "mysql")]
 )
 def test_a_database_server_is_described_by_its_url(monkeypatch, url, engine):

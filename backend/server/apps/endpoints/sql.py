@@ -7,7 +7,7 @@ from functools import cached_property
 from operator import attrgetter, methodcaller
 from typing import Any
 
-from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connections
+from django.db import DEFAULT_DB_ALIAS, InterfaceError, NotSupportedError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
 
@@ -33,19 +33,32 @@ class Statement:
 
     def _run(self, database: BaseDatabaseWrapper, parameters: Sequence[Any], read: Callable[[Any], Any]) -> Any:
         """On the driver's own cursor: Django's costs as much again as the statement, and serves those who watch."""
-        if database.queries_logged or database.execute_wrappers:
+        if database.force_debug_cursor or database.execute_wrappers:
             with database.cursor() as cursor:
                 cursor.execute(self._sql, parameters)
                 return read(cursor)
         database.ensure_connection()
         database.validate_no_broken_transaction()
         with database.wrap_database_errors:
+            if database.vendor == "postgresql":
+                return self._run_on_postgresql(database, parameters, read)
             cursor = database.connection.cursor()
             try:
                 cursor.execute(self._on_sqlite if database.vendor == "sqlite" else self._sql, parameters)
                 return read(cursor)
             finally:
                 cursor.close()
+
+    def _run_on_postgresql(
+        self, database: BaseDatabaseWrapper, parameters: Sequence[Any], read: Callable[[Any], Any]
+    ) -> Any:
+        from psycopg import Cursor  # only there with PostgreSQL
+
+        # Django's cursors write the values into the SQL, and so have it planned anew each time, which costs more than
+        # to run it.
+        with Cursor(database.connection) as cursor:
+            cursor.execute(self._sql, parameters, prepare=True)
+            return read(cursor)
 
 
 _fetched = methodcaller("fetchone")
@@ -85,7 +98,7 @@ class Prepared:
         database.health_check_done = True
         try:
             return self._ask(value, database)
-        except (OperationalError, InterfaceError):
+        except (OperationalError, InterfaceError, NotSupportedError):  # the last of plans that a migration outdated
             if database.in_atomic_block:
                 raise
             database.close()
