@@ -20,14 +20,14 @@ help:
 	@echo "make soak [MINUTES=10]   serve at full load, and watch memory, errors and p99"
 	@echo "make clean               remove the environment, the database and the trained models"
 
-# PORT is exported for the server; gunicorn replaces the shell, so that Ctrl-C reaches nothing else.
+# PORT is exported for the server, which replaces the shell, so that Ctrl-C reaches nothing else.
 serve: port-is-free environment .venv/runtime
 	@echo "Preparing the database ..."
 	@LOG_LEVEL=WARNING $(MANAGE) migrate --verbosity 0
 	@echo "Looking for trained models (without any, they are trained now: about ten seconds) ..."
 	@$(PYTHON) research/train.py --if-missing
 	@echo "Starting the server and loading the models (some seconds) ..."
-	@PORT=$(PORT) exec $(PYTHON) -m gunicorn --config backend/server/gunicorn.conf.py server.wsgi
+	@PORT=$(PORT) exec $(PYTHON) backend/server/serve.py
 
 test: test-sqlite test-postgresql
 

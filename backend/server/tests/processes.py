@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,10 +21,15 @@ REPOSITORY = BACKEND.parents[1]
 
 
 class Server:
-    """A running gunicorn. `log` is the file that it writes to."""
+    """A running server. `log` is the file that it writes to."""
 
     def __init__(self, process: subprocess.Popen, url: str, log: Path):
         self.process, self.url, self.log = process, url, log
+
+    def workers(self) -> list[int]:
+        """The processes that answer, as they are now. Linux only."""
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def kill(self) -> None:
         """kill -9 of every process of the server."""
@@ -72,12 +77,19 @@ def manage(*arguments: str, env: dict[str, str], check: bool = True, **kwargs) -
     )
 
 
-def start(env: dict[str, str], log: Path, *, wait_for: str = "/livez", port: int | None = None) -> Server:
-    """Start gunicorn as `make serve` does and wait until it answers."""
+def start(
+    env: dict[str, str],
+    log: Path,
+    *,
+    wait_for: str = "/livez",
+    port: int | None = None,
+    command: Sequence[str] = (sys.executable, "serve.py"),
+) -> Server:
+    """Start the server as `make serve` does and wait until it answers. command: another one, which reads PORT too."""
     port = port or free_port()
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "server.wsgi"],
+            command,
             cwd=BACKEND,
             env={**env, "PORT": str(port)},
             stdout=output,

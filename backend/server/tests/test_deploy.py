@@ -1,4 +1,4 @@
-"""The production recipe: gunicorn on PostgreSQL behind nginx, which ends TLS."""
+"""The production recipe: the server on PostgreSQL behind nginx, which ends TLS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import requests
 from conftest import require
 from tests import processes
 from tests.postgresql import free_port
-from tests.processes import BACKEND, REPOSITORY
+from tests.processes import REPOSITORY
 
 pytestmark = [pytest.mark.whole, pytest.mark.service, pytest.mark.xdist_group("deployed")]
 
@@ -121,7 +120,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, trained: Path, postgresql
     token = processes.manage("create_token", "shop", "--create-user", env=env).stdout.strip()
     shown = processes.manage("create_admin", "--random-password", env=env).stdout
     https, http, upstream = free_port(), free_port(), free_port()
-    with processes.running(env, folder / "gunicorn.log", wait_for="/readyz", port=upstream) as server:
+    with processes.running(env, folder / "server.log", wait_for="/readyz", port=upstream) as server:
         nginx = start_nginx(folder, https=https, http=http, upstream=upstream)
         try:
             site = Deployed(https, http, folder, token, shown.split()[-1], server)
@@ -180,7 +179,8 @@ def test_plain_http_is_sent_to_https_by_nginx_and_by_the_server(deployed):
 
 
 def test_what_a_client_says_of_its_scheme_is_not_believed(deployed):
-    spoofed = ("-H", "X-Forwarded-Proto: http", "-H", "X-Forwarded-Proto: http")
+    # The server could not tell the second from the first; nginx drops it.
+    spoofed = ("-H", "X-Forwarded-Proto: http", "-H", "X_Forwarded_Proto: http")
 
     assert deployed.curl("/api/v1/endpoints", *deployed.authorized, *spoofed)[0] == 200
 
@@ -239,37 +239,10 @@ def test_the_log_is_json_and_holds_neither_customers_nor_secrets(deployed, custo
     deployed.post(PREDICT, {**customer, "CustomerId": "KEYOFALICE77"}, *deployed.authorized)
     deployed.curl("/api/v1/mlrequests?customer_key=KEYOFALICE77", *deployed.authorized)
 
-    lines = (deployed.folder / "gunicorn.log").read_text().splitlines()
+    lines = (deployed.folder / "server.log").read_text().splitlines()
 
     events = [json.loads(line) for line in lines]
     assert {"request"} < {event["event"].split(" ")[0] for event in events}
     everything = "\n".join([*lines, (deployed.folder / "error.log").read_text()])
     for secret in ("KEYOFALICE77", deployed.token, deployed.password):
         assert secret not in everything
-
-
-def test_the_server_refuses_to_start_with_a_bad_value_in_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "gunicorn", "--config", "backend/server/gunicorn.conf.py", "server.wsgi"]
-    env = {"PATH": "/usr/bin:/bin", "DEBUG": "maybe"}
-
-    refused = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False, timeout=60)
-
-    assert refused.returncode != 0
-    assert refused.stderr == "DEBUG must be 1 or 0, not 'maybe'.\n"
-
-
-def test_the_servers_configuration_is_found_from_its_own_folder_too():
-    env = {"PATH": "/usr/bin:/bin", "PORT": "no port"}
-
-    refused = subprocess.run(
-        [sys.executable, "-m", "gunicorn", "server.wsgi"],
-        cwd=BACKEND,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-    assert refused.returncode != 0
-    assert refused.stderr == "PORT must be a whole number of 1 or more, not 'no port'.\n"

@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
@@ -234,7 +233,7 @@ def test_an_address_that_leads_nowhere_is_not_repeated(db, path):
 
 # --- The stream of a real server --------------------------------------------------------------------------------------
 @pytest.mark.whole
-def test_a_real_servers_log_is_one_json_object_per_line_gunicorns_own_included(tmp_path, trained):
+def test_a_real_servers_log_is_one_json_object_per_line_granians_own_included(tmp_path, trained):
     env = processes.environment(
         f"sqlite:///{tmp_path / 'l.sqlite3'}",
         trained,
@@ -253,9 +252,9 @@ def test_a_real_servers_log_is_one_json_object_per_line_gunicorns_own_included(t
             with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
                 client.sendall(f"{request}\r\nHost: localhost\r\n\r\n".encode())
                 assert b"400" in client.recv(100)
-        os.kill(int(Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()), signal.SIGKILL)
+        os.kill(server.workers()[0], signal.SIGKILL)
         deadline = time.monotonic() + 30
-        while "gunicorn.error" not in path.read_text() and time.monotonic() < deadline:
+        while "_granian" not in path.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
 
     text = path.read_text()
@@ -263,7 +262,7 @@ def test_a_real_servers_log_is_one_json_object_per_line_gunicorns_own_included(t
     prose = [line for line in text.splitlines() if not line.startswith("{")]
     # In development the addresses to open are told besides.
     assert all(line == "" or line.startswith(("Serving on", "  ")) for line in prose), prose
-    assert {line["logger"] for line in parsed} >= {"requests", "gunicorn.error"}
+    assert {line["logger"] for line in parsed} >= {"requests", "_granian"}
     assert all({"event", "level", "timestamp"} <= set(line) for line in parsed)
     assert KEY not in text and PLAN not in text and str(VALUE) not in text
 

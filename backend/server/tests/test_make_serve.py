@@ -250,7 +250,7 @@ def test_static_files_are_served(second_start):
 @pytest.mark.parametrize("address", ["/api/v1/classifier/predict", "/api/v1/batch-predict"])
 def test_a_body_that_is_too_large_is_refused_so_that_the_sender_sees_it(second_start, address):
     class Endless:
-        """Far more than the limit; gunicorn must read on for a while, or the sender sees a reset only."""
+        """Far more than the limit; the server must read on for a while, or the sender sees a reset only."""
 
         def __len__(self) -> int:
             return 200 * 2**20
@@ -264,11 +264,10 @@ def test_a_body_that_is_too_large_is_refused_so_that_the_sender_sees_it(second_s
 
 
 def test_a_worker_that_dies_is_replaced_and_the_addresses_are_not_printed_again(second_start):
-    gunicorn = children(second_start.process.pid)
-    (master,) = gunicorn
-    before = children(master)
+    (first,) = children(second_start.process.pid)
+    before = children(first)
     os.kill(before[0], signal.SIGKILL)
-    wait_for(lambda: len(set(children(master)) - set(before)) == 1)
+    wait_for(lambda: len(set(children(first)) - set(before)) == 1)
     time.sleep(0.1)
     for _ in range(20):
         assert second_start.get("/livez").status_code == 200

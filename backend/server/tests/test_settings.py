@@ -23,7 +23,7 @@ from server import environment
 from tests.processes import BACKEND, REPOSITORY, manage
 
 EXAMPLE = REPOSITORY / ".env.example"
-READERS = [BACKEND / "server/settings.py", BACKEND / "gunicorn.conf.py", BACKEND / "apps/ml/artifacts.py"]
+READERS = [BACKEND / name for name in ("server/settings.py", "serve.py", "gunicorn.conf.py", "apps/ml/artifacts.py")]
 PRODUCTION = {
     "DEBUG": "0",
     "SECRET_KEY": "a-long-and-random-key-of-67-characters-0123456789-abcdefghijklmnopq",

@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""How granian serves: `make serve`, the production example and the benchmarks all run this file.
+
+    python backend/server/serve.py [APPLICATION]
+
+APPLICATION is server.wsgi, unless the benchmarks ask for another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import logging.config
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import granian.wsgi
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from granian import Granian
+from granian._granian import SocketHolder
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+
+from server import environment as env
+
+HOST = "127.0.0.1"
+# How long a stopping server goes on with the requests that it has accepted.
+GRACE_SECONDS = 30
+# The exit code of a process that could not load the application: another one could not either.
+NOT_LOADED = 3
+BACKLOG = 1024
+IS_LINUX = sys.platform == "linux"
+# granian's lines go where the application's go.
+THROUGH_THE_ROOT = {"formatters": {}, "handlers": {}, "loggers": {"_granian": {"propagate": True}}}
+
+
+class Server(Granian):
+    """granian, as this product needs it: quick at Ctrl-C, and never tired of replacing a process that died."""
+
+    def __init__(self, application: str, port: int, workers: int, threads: int):
+        super().__init__(
+            application,
+            HOST,
+            port,
+            interface=Interfaces.WSGI,
+            workers=workers,
+            blocking_threads=threads,
+            # A thread that ends takes its database connection with it; this is the longest that granian takes.
+            blocking_threads_idle_timeout=600,
+            http=HTTPModes.http1,
+            # Counts for idle connections too: longer than nginx keeps them (60 s), so that it never writes into one
+            # that closes.
+            http1_settings=HTTP1Settings(header_read_timeout=75_000),
+            websockets=False,
+            backlog=BACKLOG,
+            # Errors only; the application logs one line per request itself.
+            log_level=LogLevels.error,
+            log_dictconfig=THROUGH_THE_ROOT,
+            respawn_failed_workers=True,
+            workers_kill_timeout=GRACE_SECONDS,
+        )
+
+    def signal_handler_interrupt(self, number: int | None = None, frame: object = None) -> None:
+        """Ctrl-C ends it at once, also while a client is slow; SIGTERM is what lets requests end first."""
+        for worker in self.wrks:
+            worker.interrupt_by_parent = True  # a supervisor may have told it too
+            if number == signal.SIGINT:
+                worker.kill()
+        if number == signal.SIGINT:
+            self.workers_kill_timeout = 1
+        super().signal_handler_interrupt()
+
+    def signal_handler_reload(self, number: int | None = None, frame: object = None) -> None:
+        """In development a closed terminal ends the server as Ctrl-C does."""
+        if settings.DEBUG:
+            self.signal_handler_interrupt(signal.SIGINT)
+        else:
+            super().signal_handler_reload()
+
+    def _serve_loop(self, spawn_target: Callable[..., None], target_loader: Callable[[], Any]) -> None:
+        """Replace who dies, until told to stop. granian's own loop stops when one dies twice within seconds."""
+        while not self.interrupt_signal:
+            while self.interrupt_children and not self.interrupt_signal:
+                index = self.interrupt_children[0]
+                if self.wrks[index].inner.exitcode == NOT_LOADED:
+                    return
+                self.interrupt_children.remove(index)
+                self._respawn_workers([index], spawn_target, target_loader)
+            if self.reload_signal:
+                self._reload(spawn_target, target_loader)
+            # At most a second, since a signal may come between the question and the waiting.
+            self.main_loop_interrupt.wait(1)
+            self.main_loop_interrupt.clear()
+
+
+def work(port: int, number: int, name: str | None, loader: Any, sockets: Any, *more: Any) -> None:
+    """What each process does, with what granian tells it."""
+    if hasattr(signal, "pthread_sigmask"):
+        # A terminal tells everyone; the first process decides what it means.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        threading.Thread(target=end_when_told, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if IS_LINUX:
+        listener = bind(port, shared=True)
+        with socket.socket() as probe:
+            # Where others answer it listens when it has loaded. Where nobody does it listens now: clients wait instead
+            # of being refused, and another server sees that the port is in use.
+            if probe.connect_ex((HOST, port)):
+                listener.listen(BACKLOG)
+        sockets = (None, SocketHolder(listener.detach(), False, BACKLOG)), None
+    # granian gives each request a copy of the environment, where HTTP_PROXY would pass for a header, and failures
+    # would show passwords.
+    granian.wsgi.os = SimpleNamespace(environ={})
+    Granian._spawn_wsgi_worker(number, name, loader, sockets, *more)
+
+
+def end_when_told() -> None:
+    """A signal that comes while granian's main thread is about to wait would be seen only when it has waited."""
+    signal.sigwait({signal.SIGTERM})
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is signal.SIG_DFL:
+        os._exit(0)  # it is still loading, and has accepted nothing
+    handler(signal.SIGTERM, None)
+
+
+def end_with_parent() -> None:
+    """A process whose parent was killed would hold the port for ever."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)
+
+
+def load(application: str, address: str, unsaid: Any) -> Callable[..., Any]:
+    """Import the application, and say where to look. unsaid: a lock that is taken by the one process that says it."""
+    try:
+        loaded = importlib.import_module(application).application
+    except Exception:
+        logging.getLogger("server").exception("%s cannot be loaded.", application)
+        sys.exit(NOT_LOADED)
+    if unsaid.acquire(block=False):
+        announce(address)
+    return loaded
+
+
+def announce(address: str) -> None:
+    if not settings.DEBUG:
+        logging.getLogger("server").info("Serving on %s", address)
+        return
+    root = f"http://{address}"
+    sys.stdout.write(
+        f"\nServing on {root}   (Ctrl-C stops it)\n"
+        f"  API, to read and try   {root}/api/docs\n"
+        f"  Admin                  {root}/admin/   (make admin creates the first user)\n"
+        f"  Ready?                 {root}/readyz\n\n"
+    )
+    sys.stdout.flush()
+
+
+def bind(port: int, *, shared: bool) -> socket.socket:
+    """A socket that does not listen yet. shared: beside others of this server, each with a part of the connections."""
+    bound = socket.socket()
+    if os.name == "posix":
+        # Connections of an earlier server that are still closing are no hindrance. Windows would let any two share.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    bound.bind((HOST, port))
+    return bound
+
+
+def refuse_busy(port: int) -> None:
+    """granian would share a port with any server of the same user. Raises SystemExit."""
+    try:
+        with bind(port, shared=False) as alone:
+            alone.listen()
+    except OverflowError:
+        sys.exit(f"PORT must be a whole number from 1 to 65535, not '{port}'.")
+    except PermissionError:
+        sys.exit(f"Port {port} is reserved for the administrator. Choose another, such as PORT=8080.")
+    except OSError:
+        sys.exit(f"Port {port} is in use by another program. Choose another, such as PORT=8080.")
+
+
+def main(application: str = "server.wsgi") -> None:
+    try:
+        # Before any process is started, so that a setting that cannot be read stops it with a sentence.
+        logging_config = settings.LOGGING
+        port = env.number("PORT", 8000)
+        workers = env.number("WEB_CONCURRENCY", 2)
+        # Python runs one thread of a process at a time, and changing between many costs more than it wins.
+        threads = env.number("WEB_THREADS", 4)
+    except ImproperlyConfigured as error:
+        sys.exit(str(error))
+    refuse_busy(port)
+    if sys.platform == "win32":
+        workers = 1  # all that granian can do there
+    server = Server(application, port, workers, threads)
+    logging.config.dictConfig(logging_config)
+    loader = partial(load, application, f"{HOST}:{port}", multiprocessing.Lock())
+    server.serve(partial(work, port), loader, wrap_loader=False)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "server.settings")
+    main(*sys.argv[1:])

@@ -1,0 +1,347 @@
+"""How the server starts, what it survives, and how it ends; and what HTTP makes of a request on its way in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.postgresql import free_port
+from tests.processes import BACKEND, Server
+
+pytestmark = pytest.mark.whole
+
+PREDICT = "/api/v1/classifier/predict?status=production"
+BODY = b'{"Orders": 3}'
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> dict[str, str]:
+    file = tmp_path_factory.mktemp("serve") / "server.sqlite3"
+    env = processes.environment(f"sqlite:///{file}", trained, DEBUG="1")
+    processes.manage("migrate", env=env)
+    return env
+
+
+@pytest.fixture
+def started(env: dict[str, str], tmp_path: Path) -> Iterator[Server]:
+    """A server of a test's own, to be killed or stopped."""
+    with processes.running(env, tmp_path / "log", wait_for="/readyz") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the tests that only ask. What its shell has would be headers, were it taken for such."""
+    shell = {"HTTP_X_FORWARDED_FOR": "203.0.113.9", "HTTP_ORIGIN": "https://evil.example", "CONTENT_LENGTH": "7"}
+    shell |= {"CONTENT_TYPE": "nonsense", "HTTP_TRANSFER_ENCODING": "chunked", "SCRIPT_URL": "/elsewhere"}
+    with processes.running({**env, **shell}, tmp_path_factory.mktemp("shared") / "log", wait_for="/readyz") as running:
+        yield running
+
+
+def port_of(server: Server) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def serve(env: dict[str, str], *arguments: str, cwd: Path = BACKEND) -> subprocess.CompletedProcess:
+    """A server that is expected to end by itself."""
+    command = [sys.executable, str(BACKEND / "serve.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextmanager
+def upload(server: Server) -> Iterator[socket.socket]:
+    """A client that has sent half of its request."""
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
+        client.sendall(f"{head}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY[:5])
+        time.sleep(0.3)  # it is being read
+        yield client
+
+
+def listens(pid: int) -> bool:
+    """Whether it has a socket that waits for connections."""
+    sockets = {link.readlink().name for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(
+        state == "0A" and f"socket:[{inode}]" in sockets for _, _, _, state, *_, inode in (r[:10] for r in table)
+    )
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# --- Start ----------------------------------------------------------------------------------------------------------
+def test_a_port_is_refused_in_one_sentence_from_when_another_server_loads_until_it_ends(env, tmp_path):
+    port = free_port()
+    sentence = f"Port {port} is in use by another program. Choose another, such as PORT=8080.\n"
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(
+            [sys.executable, "serve.py"], cwd=BACKEND, env={**env, "PORT": str(port)}, stdout=log, stderr=log
+        )
+    try:
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        while_loading = serve({**env, "PORT": str(port)})
+        processes.wait_until_answered(f"http://127.0.0.1:{port}/readyz", first, tmp_path / "log")
+        while_serving = serve({**env, "PORT": str(port)})
+        # The server's end of this connection is the first to close, and so goes on to exist for a minute.
+        kept = HTTPConnection("127.0.0.1", port)
+        kept.request("GET", "/livez")
+        kept.getresponse().read()
+    finally:
+        first.terminate()
+        first.wait(30)
+    with processes.running(env, tmp_path / "log", port=port):
+        pass
+
+    assert (while_loading.returncode, while_loading.stdout, while_loading.stderr) == (1, "", sentence)
+    assert (while_serving.returncode, while_serving.stdout, while_serving.stderr) == (1, "", sentence)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"PORT": "no port"}, "PORT must be a whole number of 1 or more, not 'no port'.\n"),
+        ({"PORT": "65536"}, "PORT must be a whole number from 1 to 65535, not '65536'.\n"),
+        ({"WEB_THREADS": "0"}, "WEB_THREADS must be a whole number of 1 or more, not '0'.\n"),
+        ({"DEBUG": "maybe"}, "DEBUG must be 1 or 0, not 'maybe'.\n"),
+    ],
+)
+def test_a_setting_that_cannot_be_read_is_refused_in_one_sentence_from_any_folder(tmp_path, setting, sentence):
+    refused = serve({"PATH": "/usr/bin:/bin", **setting}, cwd=tmp_path)
+
+    assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", sentence)
+
+
+def test_an_application_that_cannot_be_imported_stops_the_server_with_the_reason(env):
+    refused = serve({**env, "PORT": str(free_port())}, "no.such.application")
+
+    assert refused.returncode == 1
+    assert "ModuleNotFoundError: No module named 'no'" in refused.stderr
+    assert refused.stdout == ""
+
+
+def test_in_production_one_line_says_where_it_serves(env, tmp_path):
+    production = {"DEBUG": "0", "SECRET_KEY": "a-long-and-random-key-of-67-characters-0123456789-abcdefghijklmnopq"}
+    with processes.running({**env, **production}, tmp_path / "log") as server:
+        wait_for(lambda: "Serving" in server.log.read_text())
+
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    said = [line for line in lines if line["event"] != "request"]
+    assert [(line["event"], line["level"]) for line in said] == [(f"Serving on {server.url[7:]}", "info")]
+
+
+def test_gunicorn_serves_too_by_its_own_file(env, tmp_path):
+    gunicorn = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "server.wsgi"]
+    with processes.running(env, tmp_path / "log", wait_for="/readyz", command=gunicorn) as server:
+        assert server.post(PREDICT, data=BODY, headers={"Content-Type": "application/json"}).status_code == 200
+        wait_for(lambda: f"Serving on {server.url}" in server.log.read_text())
+
+    refused = subprocess.run(
+        gunicorn, cwd=BACKEND, env={"PATH": "/usr/bin:/bin", "PORT": "no"}, capture_output=True, text=True, check=False
+    )
+    assert refused.stderr == "PORT must be a whole number of 1 or more, not 'no'.\n"
+
+
+# --- Deaths ---------------------------------------------------------------------------------------------------------
+def test_who_is_killed_again_and_again_is_replaced_each_time_and_a_client_at_most_waits(started):
+    for _ in range(3):
+        before = started.workers()
+        os.kill(before[0], signal.SIGKILL)
+        wait_for(lambda before=before: len(set(started.workers()) - set(before)) == 1)
+
+    new = started.workers()
+    assert len(new) == 2
+    assert started.get("/readyz").status_code == 200
+    wait_for(lambda: all(map(listens, new)))
+    assert {started.get("/livez").status_code for _ in range(40)} == {200}
+    assert started.log.read_text().count("Serving on") == 1
+
+
+def test_processes_whose_parent_was_killed_finish_what_they_do_and_end(started):
+    workers = started.workers()
+    with upload(started) as client:
+        started.process.kill()
+        started.process.wait()
+        client.sendall(BODY[5:])
+        answer = client.makefile("rb").read()
+
+    assert answer.startswith(b"HTTP/1.1 200") and b'"probability"' in answer
+    wait_for(lambda: not any(map(is_running, workers)), seconds=5)
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port_of(started)))
+
+
+# --- End ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGHUP, False)],
+    ids=["Ctrl-C", "Ctrl-C for the first process", "closed terminal"],
+)
+def test_ctrl_c_does_not_wait_for_a_client_that_is_slow_to_send_or_to_read(started, number, to_all):
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.connect(("127.0.0.1", port_of(started)))
+    with reader, upload(started):
+        reader.sendall(b"GET /static/drf_spectacular_sidecar/swagger-ui-dist/swagger-ui-bundle.js HTTP/1.1\r\n")
+        reader.sendall(b"Host: localhost\r\n\r\n")
+        time.sleep(0.2)
+        began = time.monotonic()
+        os.killpg(started.process.pid, number) if to_all else started.process.send_signal(number)
+        started.process.wait(10)
+
+    assert time.monotonic() - began < 3
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started.process.pid, 0)
+    log = started.log.read_text()
+    assert "Traceback" not in log and "error" not in log
+
+
+def test_sigterm_for_all_processes_answers_every_request_that_was_accepted_also_a_slow_one(started):
+    unanswered: list[bytes] = []
+    answered = 0
+    stopped = threading.Event()
+
+    def ask(_: int) -> None:
+        """By a new connection each time: one that is accepted must end in a good and whole answer."""
+        nonlocal answered
+        while not stopped.is_set():
+            try:
+                with socket.create_connection(("127.0.0.1", port_of(started)), timeout=30) as client:
+                    head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    client.sendall(f"{head}Connection: close\r\nContent-Length: {len(BODY)}\r\n\r\n".encode() + BODY)
+                    answer = client.makefile("rb").read()
+            except OSError:  # refused, or reset before it was accepted
+                return
+            if not answer.startswith(b"HTTP/1.1 200") or not answer.endswith(b"}"):
+                unanswered.append(answer)
+            answered += 1
+
+    with upload(started) as slow, ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(ask, number) for number in range(8)]
+        wait_for(lambda: answered > 100)
+        os.killpg(started.process.pid, signal.SIGTERM)  # as systemd does it
+        time.sleep(1)
+        stopped.set()
+        assert started.process.poll() is None, "it waits for the slow one"
+        slow.sendall(BODY[5:])
+        answer = slow.makefile("rb").read()
+        for client in clients:
+            client.result()
+        assert started.process.wait(10) == 0
+
+    assert answer.startswith(b"HTTP/1.1 200") and b'"probability"' in answer
+    assert unanswered == []
+    assert "error" not in started.log.read_text()
+
+
+# --- On the way in --------------------------------------------------------------------------------------------------
+def raw(server: Server, request: bytes) -> tuple[int, bytes]:
+    """Status and body of the answer to what is sent as it is."""
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
+        client.sendall(request)
+        head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def test_the_environment_of_the_server_is_not_taken_for_headers(server):
+    assert server.get("/api/v1/endpoints").status_code == 200
+    assert server.post(PREDICT, data=BODY, headers={"Content-Type": "application/json"}).status_code == 200
+    no_body = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    assert raw(server, no_body)[0] == 400  # at once: it does not wait for a body of 7 bytes
+
+
+def test_addresses_may_hold_any_character(server):
+    missing = server.get("/caf%C3%A9")
+    assert missing.status_code == 404 and "/caf\u00e9" in missing.json()["message"]
+
+    found = server.get("/api/v1/mlalgorithms?name=%C3%A9")
+    assert (found.status_code, found.json()) == (200, [])
+
+
+def test_a_body_in_chunks_is_answered_with_what_to_do(server):
+    answer = server.post(PREDICT, data=iter([BODY]), headers={"Content-Type": "application/json"})
+
+    assert answer.status_code == 411 and "Content-Length" in answer.json()["message"]
+
+
+def test_curl_that_waits_to_be_told_to_go_on_sends_a_large_body(server, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"Orders": 3, "RecencyDays": 20}] * 60_000))
+    assert rows.stat().st_size > 2_000_000
+    command = ["curl", "--silent", "--verbose", "--expect100-timeout", "20", "-H", "Content-Type: application/json"]
+    command += ["-H", "Expect: 100-continue", "--data-binary", f"@{rows}", "-o", os.devnull, "-w", "%{http_code}"]
+    began = time.monotonic()
+
+    done = subprocess.run([*command, server.url + PREDICT], capture_output=True, text=True, timeout=60, check=True)
+
+    assert "< HTTP/1.1 100 Continue" in done.stderr and time.monotonic() - began < 20
+    assert done.stdout in {"200", "413"}
+
+
+def test_head_has_the_length_and_no_body_and_the_connection_stays(server):
+    connection = HTTPConnection("127.0.0.1", port_of(server), timeout=30)
+    lengths = set()
+    for method in ("HEAD", "GET"):
+        connection.request(method, "/api/v1/endpoints")
+        answer = connection.getresponse()
+        lengths.add(answer.headers["Content-Length"])
+        assert (answer.status, bool(answer.read())) == (200, method == "GET")
+    assert len(lengths) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"NONSENSE\r\n\r\n", 400),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"X: x\r\n" * 200 + b"\r\n", 431),
+        (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+    ],
+    ids=["no HTTP", "no length", "too many headers", "too long an address"],
+)
+def test_what_is_no_request_is_refused_and_the_next_one_answered(server, request_, status):
+    assert raw(server, request_)[0] == status
+    assert server.get("/livez").status_code == 200
+
+
+def test_clients_that_go_away_in_the_middle_cost_no_one_else_an_answer(server):
+    for _ in range(20):
+        with upload(server):
+            pass
+    assert {server.get("/livez").status_code for _ in range(20)} == {200}
+
+
+@pytest.mark.slow
+def test_an_idle_connection_outlives_the_ones_that_nginx_keeps(server):
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=90) as client:
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client.recv(4096)
+        began = time.monotonic()
+        assert client.recv(4096) == b""
+        assert 60 < time.monotonic() - began < 90
