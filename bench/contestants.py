@@ -34,8 +34,7 @@ BATCH, BATCH_SECONDS = 64, 0.01
 
 def served(application: str) -> list[str]:
     """How the product is served, and on the same server the floor: the one place that knows."""
-    config = str(BACKEND / "gunicorn.conf.py")
-    return [sys.executable, "-m", "gunicorn", "--config", config, application]
+    return [sys.executable, str(BACKEND / "serve.py"), application]
 
 
 @dataclass(frozen=True)
