@@ -106,32 +106,42 @@ class Server(Granian):
 
 def work(port: int, number: int, name: str | None, loader: Any, sockets: Any, *more: Any) -> None:
     """What each process does, with what granian tells it."""
-    if hasattr(signal, "pthread_sigmask"):
-        # A terminal tells everyone; the first process decides what it means.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        threading.Thread(target=end_when_told, daemon=True).start()
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    listener = None
     if IS_LINUX:
-        listener = bind(port, shared=True)
+        bound = bind(port, shared=True)
         with socket.socket() as probe:
             # Where others answer it listens when it has loaded. Where nobody does it listens now: clients wait instead
             # of being refused, and another server sees that the port is in use.
             if probe.connect_ex((HOST, port)):
-                listener.listen(BACKLOG)
-        sockets = (None, SocketHolder(listener.detach(), False, BACKLOG)), None
+                bound.listen(BACKLOG)
+        listener = bound.detach()
+        sockets = (None, SocketHolder(listener, False, BACKLOG)), None
+    if hasattr(signal, "pthread_sigmask"):
+        # A terminal tells everyone; the first process decides what it means.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        threading.Thread(target=end_when_told, args=[listener], daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # granian gives each request a copy of the environment, where HTTP_PROXY would pass for a header, and failures
     # would show passwords.
     granian.wsgi.os = SimpleNamespace(environ={})
     Granian._spawn_wsgi_worker(number, name, loader, sockets, *more)
 
 
-def end_when_told() -> None:
+def end_when_told(listener: int | None) -> None:
     """A signal that comes while granian's main thread is about to wait would be seen only when it has waited."""
     signal.sigwait({signal.SIGTERM})
     handler = signal.getsignal(signal.SIGTERM)
     if handler is signal.SIG_DFL:
         os._exit(0)  # it is still loading, and has accepted nothing
+    if listener:
+        # granian closes connections of which it has read nothing yet. So it gets another socket in place of its own, to
+        # which nobody connects, and the time to read what it has taken.
+        with socket.socket() as nobody:
+            nobody.bind((HOST, 0))
+            nobody.listen()
+            os.dup2(nobody.fileno(), listener, inheritable=False)
+        time.sleep(0.1)
     handler(signal.SIGTERM, None)
 
 
