@@ -21,7 +21,7 @@ try:
     # Errors only: gunicorn's warnings quote requests that it cannot read, and with them customers.
     gunicorns = {name: {"level": "ERROR", "propagate": True} for name in ("gunicorn.error", "gunicorn.http.wsgi")}
     logconfig_dict = {**settings.LOGGING, "loggers": {**settings.LOGGING["loggers"], **gunicorns}}
-    bind = f"127.0.0.1:{env.number('PORT', 8000)}"
+    bind = f"{env.text('BIND_ADDRESS', '127.0.0.1')}:{env.number('PORT', 8000)}"
     workers = env.number("WEB_CONCURRENCY", 2)
     # Python runs one thread of a process at a time, and changing between many costs more than it wins.
     threads = env.number("WEB_THREADS", 4)

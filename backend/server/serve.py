@@ -8,6 +8,7 @@ APPLICATION is server.wsgi, unless the benchmarks ask for another.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import logging.config
@@ -34,7 +35,6 @@ from granian.log import LogLevels
 
 from server import environment as env
 
-HOST = "127.0.0.1"
 # How long a stopping server goes on with the requests that it has accepted.
 GRACE_SECONDS = 30
 # The exit code of a process that could not load the application: another one could not either.
@@ -48,10 +48,10 @@ THROUGH_THE_ROOT = {"formatters": {}, "handlers": {}, "loggers": {"_granian": {"
 class Server(Granian):
     """granian, as this product needs it: quick at Ctrl-C, and never tired of replacing a process that died."""
 
-    def __init__(self, application: str, port: int, workers: int, threads: int):
+    def __init__(self, application: str, host: str, port: int, workers: int, threads: int):
         super().__init__(
             application,
-            HOST,
+            host,
             port,
             interface=Interfaces.WSGI,
             workers=workers,
@@ -104,15 +104,15 @@ class Server(Granian):
             self.main_loop_interrupt.clear()
 
 
-def work(port: int, number: int, name: str | None, loader: Any, sockets: Any, *more: Any) -> None:
+def work(host: str, port: int, number: int, name: str | None, loader: Any, sockets: Any, *more: Any) -> None:
     """What each process does, with what granian tells it."""
     listener = None
     if IS_LINUX:
-        bound = bind(port, shared=True)
+        bound = bind(host, port, shared=True)
         with socket.socket() as probe:
             # Where others answer it listens when it has loaded. Where nobody does it listens now: clients wait instead
             # of being refused, and another server sees that the port is in use.
-            if probe.connect_ex((HOST, port)):
+            if probe.connect_ex((host, port)):
                 bound.listen(BACKLOG)
         listener = bound.detach()
         sockets = (None, SocketHolder(listener, False, BACKLOG)), None
@@ -138,7 +138,7 @@ def end_when_told(listener: int | None) -> None:
         # granian closes connections of which it has read nothing yet. So it gets another socket in place of its own, to
         # which nobody connects, and the time to read what it has taken.
         with socket.socket() as nobody:
-            nobody.bind((HOST, 0))
+            nobody.bind(("127.0.0.1", 0))
             nobody.listen()
             os.dup2(nobody.fileno(), listener, inheritable=False)
         time.sleep(0.1)
@@ -179,7 +179,7 @@ def announce(address: str) -> None:
     sys.stdout.flush()
 
 
-def bind(port: int, *, shared: bool) -> socket.socket:
+def bind(host: str, port: int, *, shared: bool) -> socket.socket:
     """A socket that does not listen yet. shared: beside others of this server, each with a part of the connections."""
     bound = socket.socket()
     if os.name == "posix":
@@ -188,20 +188,22 @@ def bind(port: int, *, shared: bool) -> socket.socket:
     if shared:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    bound.bind((HOST, port))
+    bound.bind((host, port))
     return bound
 
 
-def refuse_busy(port: int) -> None:
+def refuse_busy(host: str, port: int) -> None:
     """granian would share a port with any server of the same user. Raises SystemExit."""
     try:
-        with bind(port, shared=False) as alone:
+        with bind(host, port, shared=False) as alone:
             alone.listen()
     except OverflowError:
         sys.exit(f"PORT must be a whole number from 1 to 65535, not '{port}'.")
     except PermissionError:
         sys.exit(f"Port {port} is reserved for the administrator. Choose another, such as PORT=8080.")
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            sys.exit(f"BIND_ADDRESS must be an IPv4 address of this machine, or 0.0.0.0 for all, not {host!r}.")
         sys.exit(f"Port {port} is in use by another program. Choose another, such as PORT=8080.")
 
 
@@ -209,19 +211,20 @@ def main(application: str = "server.wsgi") -> None:
     try:
         # Before any process is started, so that a setting that cannot be read stops it with a sentence.
         logging_config = settings.LOGGING
+        host = env.text("BIND_ADDRESS", "127.0.0.1")
         port = env.number("PORT", 8000)
         workers = env.number("WEB_CONCURRENCY", 2)
         # Python runs one thread of a process at a time, and changing between many costs more than it wins.
         threads = env.number("WEB_THREADS", 4)
     except ImproperlyConfigured as error:
         sys.exit(str(error))
-    refuse_busy(port)
+    refuse_busy(host, port)
     if sys.platform == "win32":
         workers = 1  # all that granian can do there
-    server = Server(application, port, workers, threads)
+    server = Server(application, host, port, workers, threads)
     logging.config.dictConfig(logging_config)
-    loader = partial(load, application, f"{HOST}:{port}", multiprocessing.Lock())
-    server.serve(partial(work, port), loader, wrap_loader=False)
+    loader = partial(load, application, f"{host}:{port}", multiprocessing.Lock())
+    server.serve(partial(work, host, port), loader, wrap_loader=False)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests import processes
 from tests.postgresql import free_port
@@ -127,6 +128,14 @@ def test_a_port_is_refused_in_one_sentence_from_when_another_server_loads_until_
     [
         ({"PORT": "no port"}, "PORT must be a whole number of 1 or more, not 'no port'.\n"),
         ({"PORT": "65536"}, "PORT must be a whole number from 1 to 65535, not '65536'.\n"),
+        (
+            {"BIND_ADDRESS": "192.0.2.1"},
+            "BIND_ADDRESS must be an IPv4 address of this machine, or 0.0.0.0 for all, not '192.0.2.1'.\n",
+        ),
+        (
+            {"BIND_ADDRESS": "no such host"},
+            "BIND_ADDRESS must be an IPv4 address of this machine, or 0.0.0.0 for all, not 'no such host'.\n",
+        ),
         ({"WEB_THREADS": "0"}, "WEB_THREADS must be a whole number of 1 or more, not '0'.\n"),
         ({"DEBUG": "maybe"}, "DEBUG must be 1 or 0, not 'maybe'.\n"),
     ],
@@ -135,6 +144,16 @@ def test_a_setting_that_cannot_be_read_is_refused_in_one_sentence_from_any_folde
     refused = serve({"PATH": "/usr/bin:/bin", **setting}, cwd=tmp_path)
 
     assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", sentence)
+
+
+def test_it_listens_at_the_address_that_it_is_told(env, tmp_path):
+    with processes.running({**env, "BIND_ADDRESS": "0.0.0.0"}, tmp_path / "log") as everywhere:
+        elsewhere = f"http://127.0.0.2:{port_of(everywhere)}/livez"
+        answer = requests.get(elsewhere, headers={"Host": "localhost"}, timeout=30)
+    with processes.running(env, tmp_path / "log") as here, pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.2:{port_of(here)}/livez", timeout=30)
+
+    assert answer.status_code == 200
 
 
 def test_an_application_that_cannot_be_imported_stops_the_server_with_the_reason(env):
