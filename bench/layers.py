@@ -1,0 +1,130 @@
+"""Where the time of one prediction goes: the application alone, without a server, in one thread, on SQLite.
+
+    python bench/layers.py [--requests 3000]
+
+Production settings: a token is checked, a line is logged (to a file), a row is committed. Each layer is timed where it
+is called; what remains is Django and DRF. Prints a Markdown table of microseconds per request, medians of five rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import run
+from run import contestants
+
+ROUNDS = 5
+
+
+def _application(launch: contestants.Launch) -> Callable[..., Any]:
+    """The WSGI application, with the models loaded, under the environment of a launch."""
+    os.environ.clear()
+    os.environ.update(launch.environment, DJANGO_SETTINGS_MODULE="server.settings")
+    from server.wsgi import application
+
+    return application
+
+
+def _timed(spent: Counter[str], layer: str, owner: Any, name: str) -> None:
+    function = getattr(owner, name)
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*arguments, **named)
+        finally:
+            spent[layer] += time.perf_counter() - began
+
+    setattr(owner, name, timed)
+
+
+def _time_layers(spent: Counter[str]) -> None:
+    from apps.endpoints import json_text, parsers, permissions, prediction
+    from apps.endpoints.journal import Journal
+    from server import middleware
+
+    _timed(spent, "who asks: the token, one query", permissions.TokenAuthentication, "authenticate")
+    _timed(spent, "the body, from JSON", parsers.JSONBody, "parse")
+    _timed(spent, "what serves: one query", prediction, "choose")
+    _timed(spent, "checking, encoding, the forest", prediction, "_scored")
+    _timed(spent, "recording: one commit", Journal, "record")
+    _timed(spent, "the answer, to JSON", json_text, "dumps")
+    _timed(spent, "the line in the log", middleware.log, "info")
+
+
+def _environ(launch: contestants.Launch, body: bytes) -> dict[str, Any]:
+    path, _, query = contestants.PREDICT.partition("?")
+    return {
+        "REQUEST_METHOD": "POST",
+        "PATH_INFO": path,
+        "QUERY_STRING": query,
+        "CONTENT_TYPE": "application/json",
+        "CONTENT_LENGTH": str(len(body)),
+        "HTTP_AUTHORIZATION": launch.headers["Authorization"],
+        "HTTP_HOST": "127.0.0.1",
+        "REMOTE_ADDR": "127.0.0.1",
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PORT": "80",
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(body),
+    }
+
+
+def _ask(application: Callable[..., Any], launch: contestants.Launch, body: bytes) -> None:
+    statuses: list[str] = []
+    response = application(_environ(launch, body), lambda status, headers: statuses.append(status))
+    b"".join(response)
+    response.close()
+    if statuses != ["200 OK"]:
+        sys.exit(f"It answered {statuses}: {response.content!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=3000)
+    asked = parser.parse_args()
+    with ExitStack() as stack:
+        folder = stack.enter_context(run.working_folder())
+        subject = run.model.train(folder, contestants.clean_environment())
+        launch = contestants.on_sqlite(stack, subject, folder, 0)
+        body = json.dumps(subject.customer).encode()
+        sys.stderr = stack.enter_context((folder / "log").open("w"))
+        application = _application(launch)
+
+        def measure() -> float:
+            """Microseconds per request."""
+            began = time.perf_counter()
+            for _ in range(asked.requests):
+                _ask(application, launch, body)
+            return (time.perf_counter() - began) / asked.requests * 1e6
+
+        measure()
+        whole = statistics.median(measure() for _ in range(ROUNDS))
+        spent: Counter[str] = Counter()
+        _time_layers(spent)
+        rounds: list[Counter[str]] = []
+        for _ in range(ROUNDS):
+            spent.clear()
+            measure()
+            rounds.append(Counter(spent))
+        layers = {
+            layer: statistics.median(each[layer] for each in rounds) / asked.requests * 1e6 for layer in rounds[0]
+        }
+    lines = [f"| {layer} | {microseconds:.0f} |" for layer, microseconds in layers.items()]
+    rest = whole - sum(layers.values())
+    run.say("\n".join(["| layer | µs |", "| --- | ---: |", *lines, f"| Django and DRF | {rest:.0f} |"]))
+    run.say(f"| one request | {whole:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
