@@ -96,6 +96,8 @@ class Server(Granian):
                 if self.wrks[index].inner.exitcode == NOT_LOADED:
                     return
                 self.interrupt_children.remove(index)
+                if time.monotonic() - self.wrks[index].birth < 5:
+                    time.sleep(1)  # what killed it so soon may kill the next one too
                 self._respawn_workers([index], spawn_target, target_loader)
             if self.reload_signal:
                 self._reload(spawn_target, target_loader)
@@ -106,20 +108,23 @@ class Server(Granian):
 
 def work(host: str, port: int, number: int, name: str | None, loader: Any, sockets: Any, *more: Any) -> None:
     """What each process does, with what granian tells it."""
+    masked = hasattr(signal, "pthread_sigmask")
+    if masked:
+        # A terminal tells everyone; the first process decides what it means.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     listener = None
     if IS_LINUX:
         bound = bind(host, port, shared=True)
         with socket.socket() as probe:
+            probe.settimeout(1)  # a full queue does not answer
             # Where others answer it listens when it has loaded. Where nobody does it listens now: clients wait instead
             # of being refused, and another server sees that the port is in use.
             if probe.connect_ex((host, port)):
                 bound.listen(BACKLOG)
         listener = bound.detach()
         sockets = (None, SocketHolder(listener, False, BACKLOG)), None
-    if hasattr(signal, "pthread_sigmask"):
-        # A terminal tells everyone; the first process decides what it means.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if masked:
         threading.Thread(target=end_when_told, args=[listener], daemon=True).start()
     threading.Thread(target=end_with_parent, daemon=True).start()
     # granian gives each request a copy of the environment, where HTTP_PROXY would pass for a header, and failures
@@ -147,7 +152,13 @@ def end_when_told(listener: int | None) -> None:
 
 def end_with_parent() -> None:
     """A process whose parent was killed would hold the port for ever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if os.name == "posix":
+        # To join it would mean to wait for the younger workers, too, who inherit what tells that it lives.
+        while os.getppid() == parent.pid:
+            time.sleep(0.5)
+    else:
+        parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     os._exit(1)

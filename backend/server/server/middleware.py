@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -32,10 +33,11 @@ def _error(status: int, message: str) -> JsonResponse:
 
 
 class Drained:
-    """Reads what a refused client is still sending.
+    """Reads what a refused client, who announced how much it would be, is still sending.
 
     A server that closes a connection with bytes unread resets it: the client, or nginx (which then says 502),
-    may lose the answer that says what was wrong.
+    may lose the answer that says what was wrong. One client at a time, so that slow ones hold up no more than
+    one thread; and none that waits to be told to go on.
     """
 
     # More than the proxy lets through; whoever sends more than that sees the connection close.
@@ -44,15 +46,23 @@ class Drained:
 
     def __init__(self, get_response: Handler):
         self.get_response = get_response
+        self._reading = threading.Lock()
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         response = self.get_response(request)
-        if response.status_code >= 400:
-            with suppress(UnreadablePostError):
-                for _ in range(0, self.MOST_BYTES, self.PIECE):
-                    if not request.read(self.PIECE):
-                        break
+        is_sending = request._read_started or "HTTP_EXPECT" not in request.META
+        if response.status_code >= 400 and is_sending and self._reading.acquire(blocking=False):
+            try:
+                self._drain(request)
+            finally:
+                self._reading.release()
         return response
+
+    def _drain(self, request: HttpRequest) -> None:
+        with suppress(UnreadablePostError):
+            for _ in range(0, self.MOST_BYTES, self.PIECE):
+                if not request.read(self.PIECE):
+                    break
 
 
 class RequestLog:
