@@ -148,7 +148,7 @@ def _insert(rows: list[Row]) -> list[int]:
     with transaction.atomic():
         if connection.vendor == "postgresql":
             return _copy_with_ids_drawn_first(rows) if are_many else _insert_in_a_pipeline(rows)
-        return _insert_in_a_row(rows) if are_many and connection.vendor == "sqlite" else _insert_one_by_one(rows)
+        return _insert_by_one_call(rows) if are_many and connection.vendor == "sqlite" else _insert_one_by_one(rows)
 
 
 def _insert_one_by_one(rows: list[Row]) -> list[int]:
@@ -161,7 +161,7 @@ def _insert_one_by_one(rows: list[Row]) -> list[int]:
     return [statement.last_id(database, row) for row in rows]
 
 
-def _insert_in_a_row(rows: list[Row]) -> list[int]:
+def _insert_by_one_call(rows: list[Row]) -> list[int]:
     """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other."""
     first, *others = rows
     (first_id,) = _insert_one_by_one([first])

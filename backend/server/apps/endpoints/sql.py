@@ -14,6 +14,10 @@ from django.db.models import QuerySet
 _PLACEHOLDER = "\x00the value asked for"
 
 
+# Whose errors Django's cursor passes on as they are.
+_DRIVERS = {"sqlite", "postgresql"}
+
+
 class Statement:
     """SQL with %s for each parameter and no other percent sign."""
 
@@ -33,7 +37,7 @@ class Statement:
 
     def _run(self, database: BaseDatabaseWrapper, parameters: Sequence[Any], read: Callable[[Any], Any]) -> Any:
         """On the driver's own cursor: Django's costs as much again as the statement, and serves those who watch."""
-        if database.force_debug_cursor or database.execute_wrappers:
+        if database.force_debug_cursor or database.execute_wrappers or database.vendor not in _DRIVERS:
             with database.cursor() as cursor:
                 cursor.execute(self._sql, parameters)
                 return read(cursor)
@@ -44,7 +48,7 @@ class Statement:
                 return self._run_on_postgresql(database, parameters, read)
             cursor = database.connection.cursor()
             try:
-                cursor.execute(self._on_sqlite if database.vendor == "sqlite" else self._sql, parameters)
+                cursor.execute(self._on_sqlite, parameters)
                 return read(cursor)
             finally:
                 cursor.close()

@@ -55,8 +55,8 @@ def _asker(request: Request) -> str:
     return request.user.get_username() if request.user else ANONYMOUS
 
 
-def _is_form(request: Request) -> bool:
-    return isinstance(request.data, QueryDict)
+def _is_form(data: Any) -> bool:
+    return isinstance(data, QueryDict)
 
 
 def _customer_of_form(request: Request) -> dict[str, str]:
@@ -162,7 +162,7 @@ class MLRequestViewSet(Api, viewsets.ReadOnlyModelViewSet):
         logged = self.get_object()
         serializer = FeedbackSerializer(
             data=request.data,
-            context={"current": MLRequestSerializer(logged).data, "is_form": _is_form(request)},
+            context={"current": MLRequestSerializer(logged).data, "is_form": _is_form(request.data)},
         )
         serializer.is_valid(raise_exception=True)
         try:
@@ -201,10 +201,10 @@ class PredictView(Api, APIView):
             503: UNAVAILABLE,
         },
     )
-    def post(self, request: Request, endpoint_name: str) -> Response:
+    def post(self, request: Request, endpoint_name: str) -> HttpResponse:
         wanted = _wanted(request.META.get("QUERY_STRING", ""))
         data = request.data
-        is_form, is_list = isinstance(data, QueryDict), isinstance(data, list)
+        is_form, is_list = _is_form(data), isinstance(data, list)
         rows = [_customer_of_form(request)] if is_form else data if is_list else [data]
         if not rows:
             raise ParseError("The list is empty; send at least one customer.")

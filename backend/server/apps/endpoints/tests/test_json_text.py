@@ -68,5 +68,9 @@ def test_another_encoding_is_read():
     assert json_text.loads('["Zoë"]'.encode("latin-1"), "latin-1") == ["Zoë"]
 
 
+def test_what_no_json_can_hold_is_written_as_null():
+    assert json_text.dumps([math.nan, math.inf]) == "[null,null]"
+
+
 def test_half_a_surrogate_pair_is_written_as_an_escape():
     assert json_text.dumps(["\ud800"]) == '["\\ud800"]'
