@@ -1,6 +1,5 @@
-"""How gunicorn serves: `make serve` and the production example both use this file."""
+"""How gunicorn serves, for those who prefer it to serve.py."""
 
-import logging
 import os
 import signal
 import sys
@@ -14,17 +13,15 @@ from django.conf import settings  # noqa: E402
 from django.core.exceptions import ImproperlyConfigured  # noqa: E402
 from gunicorn.workers.gthread import ThreadWorker  # noqa: E402
 
-from server import environment as env  # noqa: E402
+from server import serving  # noqa: E402
 
 try:
     # Before any process is started, so that a setting that cannot be read stops it with a sentence.
     # Errors only: gunicorn's warnings quote requests that it cannot read, and with them customers.
     gunicorns = {name: {"level": "ERROR", "propagate": True} for name in ("gunicorn.error", "gunicorn.http.wsgi")}
     logconfig_dict = {**settings.LOGGING, "loggers": {**settings.LOGGING["loggers"], **gunicorns}}
-    bind = f"{env.text('BIND_ADDRESS', '127.0.0.1')}:{env.number('PORT', 8000)}"
-    workers = env.number("WEB_CONCURRENCY", 2)
-    # Python runs one thread of a process at a time, and changing between many costs more than it wins.
-    threads = env.number("WEB_THREADS", 4)
+    asked = serving.wanted()
+    bind, workers, threads = asked.address, asked.workers, asked.threads
 except ImproperlyConfigured as error:
     sys.exit(str(error))
 
@@ -60,14 +57,4 @@ def post_worker_init(worker):
     """Say where to look, once the first process has loaded the models; one that replaces it says nothing."""
     if worker.age > 1:
         return
-    if not settings.DEBUG:
-        logging.getLogger("server").info("Serving on %s", ", ".join(worker.cfg.bind))
-        return
-    root = f"http://{worker.cfg.bind[0]}"
-    sys.stdout.write(
-        f"\nServing on {root}   (Ctrl-C stops it)\n"
-        f"  API, to read and try   {root}/api/docs\n"
-        f"  Admin                  {root}/admin/   (make admin creates the first user)\n"
-        f"  Ready?                 {root}/readyz\n\n"
-    )
-    sys.stdout.flush()
+    serving.announce(", ".join(worker.cfg.bind))

@@ -33,7 +33,7 @@ from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 
-from server import environment as env
+from server import serving
 
 # How long a stopping server goes on with the requests that it has accepted.
 GRACE_SECONDS = 30
@@ -172,22 +172,8 @@ def load(application: str, address: str, unsaid: Any) -> Callable[..., Any]:
         logging.getLogger("server").exception("%s cannot be loaded.", application)
         sys.exit(NOT_LOADED)
     if unsaid.acquire(block=False):
-        announce(address)
+        serving.announce(address)
     return loaded
-
-
-def announce(address: str) -> None:
-    if not settings.DEBUG:
-        logging.getLogger("server").info("Serving on %s", address)
-        return
-    root = f"http://{address}"
-    sys.stdout.write(
-        f"\nServing on {root}   (Ctrl-C stops it)\n"
-        f"  API, to read and try   {root}/api/docs\n"
-        f"  Admin                  {root}/admin/   (make admin creates the first user)\n"
-        f"  Ready?                 {root}/readyz\n\n"
-    )
-    sys.stdout.flush()
 
 
 def bind(host: str, port: int, *, shared: bool) -> socket.socket:
@@ -222,20 +208,16 @@ def main(application: str = "server.wsgi") -> None:
     try:
         # Before any process is started, so that a setting that cannot be read stops it with a sentence.
         logging_config = settings.LOGGING
-        host = env.text("BIND_ADDRESS", "127.0.0.1")
-        port = env.number("PORT", 8000)
-        workers = env.number("WEB_CONCURRENCY", 2)
-        # Python runs one thread of a process at a time, and changing between many costs more than it wins.
-        threads = env.number("WEB_THREADS", 4)
+        asked = serving.wanted()
     except ImproperlyConfigured as error:
         sys.exit(str(error))
-    refuse_busy(host, port)
+    refuse_busy(asked.host, asked.port)
     if sys.platform == "win32":
-        workers = 1  # all that granian can do there
-    server = Server(application, host, port, workers, threads)
+        asked = asked._replace(workers=1)  # all that granian can do there
+    server = Server(application, *asked)
     logging.config.dictConfig(logging_config)
-    loader = partial(load, application, f"{host}:{port}", multiprocessing.Lock())
-    server.serve(partial(work, host, port), loader, wrap_loader=False)
+    loader = partial(load, application, asked.address, multiprocessing.Lock())
+    server.serve(partial(work, asked.host, asked.port), loader, wrap_loader=False)
 
 
 if __name__ == "__main__":

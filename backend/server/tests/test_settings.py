@@ -23,7 +23,7 @@ from server import environment
 from tests.processes import BACKEND, REPOSITORY, manage
 
 EXAMPLE = REPOSITORY / ".env.example"
-READERS = [BACKEND / name for name in ("server/settings.py", "serve.py", "gunicorn.conf.py", "apps/ml/artifacts.py")]
+READERS = [BACKEND / name for name in ("server/settings.py", "server/serving.py", "apps/ml/artifacts.py")]
 PRODUCTION = {
     "DEBUG": "0",
     "SECRET_KEY": "a-long-and-random-key-of-67-characters-0123456789-abcdefghijklmnopq",
@@ -85,7 +85,7 @@ def test_no_other_file_reads_the_environment():
     reading = {path for path in sources if re.search(r"os\.environ|getenv|environ\.Env", path.read_text())}
 
     # wsgi.py only says where the settings are.
-    assert reading == {BACKEND / "server/wsgi.py", BACKEND / "server/environment.py", READERS[0], READERS[3]}
+    assert reading == {BACKEND / "server/wsgi.py", BACKEND / "server/environment.py", READERS[0], READERS[2]}
 
 
 def test_each_documented_setting_has_a_comment_above_it():
