@@ -40,6 +40,8 @@ GRACE_SECONDS = 30
 # The exit code of a process that could not load the application: another one could not either.
 NOT_LOADED = 3
 BACKLOG = 1024
+CAN_MASK = hasattr(signal, "pthread_sigmask")
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} if CAN_MASK else set()
 IS_LINUX = sys.platform == "linux"
 # granian's lines go where the application's go.
 THROUGH_THE_ROOT = {"formatters": {}, "handlers": {}, "loggers": {"_granian": {"propagate": True}}}
@@ -98,6 +100,8 @@ class Server(Granian):
                 self.interrupt_children.remove(index)
                 if time.monotonic() - self.wrks[index].birth < 5:
                     time.sleep(1)  # what killed it so soon may kill the next one too
+                if self.interrupt_signal:
+                    return
                 self._respawn_workers([index], spawn_target, target_loader)
             if self.reload_signal:
                 self._reload(spawn_target, target_loader)
@@ -106,12 +110,22 @@ class Server(Granian):
             self.main_loop_interrupt.clear()
 
 
+def block_signals_at_fork() -> None:
+    """A signal to a process that has just been forked would go to its copy of this one's handlers, and be lost."""
+    first = os.getpid()
+
+    def mask(how: int) -> None:
+        if os.getpid() == first:
+            signal.pthread_sigmask(how, ENDING)
+
+    os.register_at_fork(before=lambda: mask(signal.SIG_BLOCK), after_in_parent=lambda: mask(signal.SIG_UNBLOCK))
+
+
 def work(host: str, port: int, number: int, name: str | None, loader: Any, sockets: Any, *more: Any) -> None:
     """What each process does, with what granian tells it."""
-    masked = hasattr(signal, "pthread_sigmask")
-    if masked:
+    if CAN_MASK:
         # A terminal tells everyone; the first process decides what it means.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     listener = None
     if IS_LINUX:
@@ -124,7 +138,7 @@ def work(host: str, port: int, number: int, name: str | None, loader: Any, socke
                 bound.listen(BACKLOG)
         listener = bound.detach()
         sockets = (None, SocketHolder(listener, False, BACKLOG)), None
-    if masked:
+    if CAN_MASK:
         threading.Thread(target=end_when_told, args=[listener], daemon=True).start()
     threading.Thread(target=end_with_parent, daemon=True).start()
     # granian gives each request a copy of the environment, where HTTP_PROXY would pass for a header, and failures
@@ -214,6 +228,8 @@ def main(application: str = "server.wsgi") -> None:
     refuse_busy(asked.host, asked.port)
     if sys.platform == "win32":
         asked = asked._replace(workers=1)  # all that granian can do there
+    if CAN_MASK:
+        block_signals_at_fork()
     server = Server(application, *asked)
     logging.config.dictConfig(logging_config)
     loader = partial(load, application, asked.address, multiprocessing.Lock())
