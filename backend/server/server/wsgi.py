@@ -35,8 +35,8 @@ def fill_registry() -> None:
 
 fill_registry()
 
-# What is loaded now stays. The collector looked at all of it every some hundred requests, for 150 ms at worst; left out
-# of that, and called a thirtieth as often, it takes none that a client would notice.
+# What is loaded now stays. A full collection looked at all of it, for 150 ms in the middle of somebody's request; now
+# it is left out, and the collector comes a thirtieth as often.
 gc.collect()
 gc.freeze()
 gc.set_threshold(20_000, 10, 10)

@@ -31,6 +31,8 @@ def _check_whole(read: int, context: dict[str, Any]) -> None:
 
 
 class WholeBody:
+    """For forms, whose parsers read from a stream."""
+
     def parse(self, stream: BinaryIO, media_type: str, parser_context: dict[str, Any]) -> Any:
         counting = CountingStream(stream)
         parsed = super().parse(counting, media_type, parser_context)
