@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
+import msgspec
 import structlog
 from structlog.typing import EventDict, Processor
 
@@ -29,11 +32,23 @@ def configure() -> None:
 
 
 def _handle(logger: logging.Logger, method: str, line: EventDict) -> NoReturn:
+    _pass_on(logger, structlog.stdlib.NAME_TO_LEVEL[method], line)
+    raise structlog.DropEvent
+
+
+def _pass_on(logger: logging.Logger, level: int, line: EventDict) -> None:
     """Give a line to the handlers, without looking up first which code it comes from, as no format says that."""
-    record = logging.LogRecord(logger.name, structlog.stdlib.NAME_TO_LEVEL[method], "", 0, line, (), None)
+    record = logging.LogRecord(logger.name, level, "", 0, line, (), None)
     record.is_structured = True
     logger.handle(record)
-    raise structlog.DropEvent
+
+
+def info(logger: logging.Logger, event: str, **values: Any) -> None:
+    """What `structlog.get_logger(...).info(event, **values)` logs, for half the price: a line that comes often."""
+    if logger.isEnabledFor(logging.INFO):
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        line = {**values, "event": event, "level": "info", "logger": logger.name, "timestamp": now}
+        _pass_on(logger, logging.INFO, line)
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):
@@ -46,10 +61,20 @@ class _Formatter(structlog.stdlib.ProcessorFormatter):
     def format(self, record: logging.LogRecord) -> str:
         if not getattr(record, "is_structured", False):
             return super().format(record)
-        line = dict(record.msg)
+        line = record.msg.copy()
         for render in self._rendering:
             line = render(None, record.levelname.lower(), line)
         return line
+
+
+_encode = msgspec.json.Encoder(enc_hook=repr).encode
+
+
+def _json(line: EventDict, default: Callable[[Any], Any]) -> str:
+    try:
+        return _encode(line).decode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return json.dumps(line, default=default)
 
 
 def formatter(kind: str) -> logging.Formatter:
@@ -57,6 +82,6 @@ def formatter(kind: str) -> logging.Formatter:
     # A plain traceback names files and lines; a richer one would print local variables, customers among them.
     rendering = {
         "console": [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)],
-        "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+        "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json)],
     }
     return _Formatter(rendering[kind], foreign_pre_chain=_PROCESSORS)

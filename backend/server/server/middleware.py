@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import threading
 import time
@@ -10,18 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http import HTTPStatus
 
-import structlog
 from django.conf import settings
 from django.contrib.admindocs.views import simplify_regex
-from django.contrib.auth import middleware as auth
-from django.contrib.messages import middleware as messages
-from django.contrib.sessions import middleware as sessions
 from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse, JsonResponse, UnreadablePostError
+from django.middleware.clickjacking import XFrameOptionsMiddleware
+from django.middleware.security import SecurityMiddleware
 
-from server import health
+from server import health, logs
 
-log = structlog.get_logger("requests")
+log = logging.getLogger("requests")
 
 Handler = Callable[[HttpRequest], HttpResponse]
 
@@ -74,7 +73,8 @@ class RequestLog:
     def __call__(self, request: HttpRequest) -> HttpResponse:
         began = time.perf_counter()
         response = self.get_response(request)
-        log.info(
+        logs.info(
+            log,
             "request",
             method=request.method,
             path=_loggable_path(request, response),
@@ -192,20 +192,37 @@ class HealthChecks:
         return check(request) if check else self.get_response(request)
 
 
-class PagesOnly:
-    """What a page of the admin needs and a call of the API does not, which carries a token and no cookie."""
+class ApiCalls:
+    """A call of the API carries a token and no cookie, and gets JSON: it goes past all that pages need.
+
+    What guards both is done here: the name in the Host header, the security headers, and the length of the answer.
+    """
+
+    def __init__(self, get_response: Handler):
+        self.get_response = get_response
+        self.view = get_response
+        while hasattr(self.view, "get_response"):  # Django's wrapper of a middleware has what that has
+            self.view = self.view.get_response
+        self._headers = {is_secure: _security_headers(is_secure) for is_secure in (False, True)}
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        return self.get_response(request) if request.path_info.startswith("/api/v1/") else super().__call__(request)
+        is_secure = request.is_secure()
+        if not request.path_info.startswith("/api/v1/") or (settings.SECURE_SSL_REDIRECT and not is_secure):
+            return self.get_response(request)
+        request.get_host()
+        response = self.view(request)
+        for name, value in self._headers[is_secure]:
+            response.headers[name] = value
+        if not response.streaming:
+            response.headers["Content-Length"] = str(len(response.content))
+        return response
 
 
-class SessionMiddleware(PagesOnly, sessions.SessionMiddleware):
-    pass
-
-
-class AuthenticationMiddleware(PagesOnly, auth.AuthenticationMiddleware):
-    pass
-
-
-class MessageMiddleware(PagesOnly, messages.MessageMiddleware):
-    pass
+def _security_headers(is_secure: bool) -> list[tuple[str, str]]:
+    """What Django's middleware, under the present settings, adds to an answer."""
+    request = HttpRequest()
+    request.is_secure = lambda: is_secure
+    response = HttpResponse()
+    for middleware in (SecurityMiddleware, XFrameOptionsMiddleware):
+        response = middleware(lambda request: HttpResponse()).process_response(request, response)
+    return [(name, value) for name, value in response.items() if name != "Content-Type"]

@@ -59,13 +59,14 @@ MIDDLEWARE = [
     "server.middleware.JsonErrors",
     "server.middleware.LoopbackOnly",
     "server.middleware.HealthChecks",
+    "server.middleware.ApiCalls",  # past what follows
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
-    "server.middleware.SessionMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
-    "server.middleware.AuthenticationMiddleware",
-    "server.middleware.MessageMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
 ROOT_URLCONF = "server.urls"

@@ -530,5 +530,5 @@ def test_on_a_terminal_a_purge_asks_first_and_leaves_one_line_without_the_custom
     code, shown = on_a_terminal(*command, env=env, answers=[(asked, "yes\n")])
     assert code == 0 and "2 requests were deleted." in shown
     (line,) = [line for line in shown.splitlines() if '"requests purged"' in line]
-    assert '"requests": 2' in line and '"of_one_customer": true' in line and '"by": ' in line
+    assert '"requests":2' in line and '"of_one_customer":true' in line and '"by":' in line
     assert "SECRET-KEY-1" not in shown
