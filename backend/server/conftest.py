@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import signal
@@ -106,6 +108,37 @@ def application(db) -> Callable[..., list[bytes]]:
                 moment.connect(close_old_connections)
 
     return answer
+
+
+@pytest.fixture
+def wsgi(api: APIClient, application: Callable[..., list[bytes]]) -> Callable[..., tuple[int, dict]]:
+    """Send a request as a server hands it to the application, headers and body as broken as they may be."""
+
+    def send(body: bytes = b"", **environ: str) -> tuple[int, dict]:
+        answer: dict = {}
+        base = {
+            "REQUEST_METHOD": "POST",
+            "PATH_INFO": "/api/v1/classifier/predict",
+            "QUERY_STRING": "",
+            "SERVER_NAME": "127.0.0.1",
+            "SERVER_PORT": "8000",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": "127.0.0.1",
+            "HTTP_HOST": "testserver",
+            "CONTENT_TYPE": "application/json",
+            "CONTENT_LENGTH": str(len(body)),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(body),
+            "wsgi.errors": io.StringIO(),
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": True,
+            "wsgi.run_once": False,
+        }
+        chunks = application({**base, **environ}, lambda status, headers: answer.update(status=int(status.split()[0])))
+        return answer["status"], json.loads(b"".join(chunks))
+
+    return send
 
 
 @pytest.fixture

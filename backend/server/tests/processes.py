@@ -21,10 +21,11 @@ REPOSITORY = BACKEND.parents[1]
 
 
 class Server:
-    """A running server. `log` is the file that it writes to."""
+    """A running server. `log` is the file that it writes to; `headers` go with each request."""
 
     def __init__(self, process: subprocess.Popen, url: str, log: Path):
         self.process, self.url, self.log = process, url, log
+        self.headers: dict[str, str] = {}
 
     def workers(self) -> list[int]:
         """The processes that answer, as they are now. Linux only."""
@@ -47,10 +48,15 @@ class Server:
             self.kill()
 
     def get(self, path: str, **kwargs) -> requests.Response:
-        return requests.get(self.url + path, timeout=30, **kwargs)
+        return self._request("GET", path, **kwargs)
 
     def post(self, path: str, **kwargs) -> requests.Response:
-        return requests.post(self.url + path, timeout=30, **kwargs)
+        return self._request("POST", path, **kwargs)
+
+    def _request(self, method: str, path: str, headers: dict[str, str] | None = None, **kwargs) -> requests.Response:
+        return requests.request(
+            method, self.url + path, headers={**self.headers, **(headers or {})}, timeout=30, **kwargs
+        )
 
 
 def environment(database_url: str, artifacts_dir: Path, **more: str) -> dict[str, str]:
@@ -63,6 +69,12 @@ def outside_world() -> dict[str, str]:
     ours = set(re.findall(r"^#? ?([A-Z_]+)=", (REPOSITORY / ".env.example").read_text(), re.MULTILINE))
     ours |= {"DJANGO_SETTINGS_MODULE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VIRTUAL_ENV", "PYTHONPATH"}
     return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def token_header(env: dict[str, str]) -> dict[str, str]:
+    """The header of a caller who has a token."""
+    token = manage("create_token", "shop", "--create-user", env=env).stdout.strip()
+    return {"Authorization": f"Token {token}"}
 
 
 def manage(*arguments: str, env: dict[str, str], check: bool = True, **kwargs) -> subprocess.CompletedProcess:

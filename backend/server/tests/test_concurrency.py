@@ -22,11 +22,13 @@ ROUNDS = 20
 PRODUCTION = "/api/v1/classifier/predict?status=production"
 
 
-@pytest.fixture
-def two_workers(database_url: str, trained: Path, tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(params=["nobody", "a caller who is known"])
+def two_workers(request: pytest.FixtureRequest, database_url: str, trained: Path, tmp_path: Path) -> Iterator[Server]:
     env = processes.environment(database_url, trained, DEBUG="1", WEB_CONCURRENCY="2", LOG_LEVEL="WARNING")
     processes.manage("migrate", env=env)
     with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
+        if request.param != "nobody":
+            server.headers = processes.token_header(env)
         yield server
 
 
@@ -38,7 +40,9 @@ def ids(two_workers: Server) -> dict[str, int]:
 
 def set_status(server: Server, algorithm: int, status: str, by: str) -> requests.Response:
     body = {"status": status, "created_by": by, "parent_mlalgorithm": algorithm}
-    return server.post("/api/v1/mlalgorithmstatuses", json=body)
+    return requests.post(
+        f"{server.url}/api/v1/mlalgorithmstatuses", json=body, timeout=30
+    )  # in development anybody may
 
 
 def in_production(server: Server) -> list[str]:
@@ -134,6 +138,7 @@ def test_what_another_process_registers_is_served_by_every_worker_from_the_next_
     env = processes.environment(database_url, artifacts_dir, DEBUG="1", WEB_CONCURRENCY="2", LOG_LEVEL="WARNING")
     processes.manage("migrate", env=env)
     with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
+        server.headers = processes.token_header(env)
 
         def ask(count: int = 40) -> set[tuple[int, str | None]]:
             """What the workers answer for the new version: so many ask at once that each worker gets some."""

@@ -58,7 +58,10 @@ class Load:
             }
             try:
                 response = session.post(
-                    f"{self.server.url}/api/v1/classifier/predict?status=production", json=asked, timeout=30
+                    f"{self.server.url}/api/v1/classifier/predict?status=production",
+                    json=asked,
+                    headers=self.server.headers,
+                    timeout=30,
                 )
                 answer = response.json()
             except requests.RequestException as error:
@@ -91,9 +94,11 @@ def test_after_kill_9_of_every_process_no_acknowledged_answer_is_missing_or_anot
 ):
     env = processes.environment(database_url, trained, DEBUG="1", LOG_LEVEL="WARNING")
     processes.manage("migrate", env=env)
+    headers = processes.token_header(env)
     acknowledged: dict[int, tuple[str, float]] = {}
     for killing in range(KILLINGS):
         server = processes.start(env, tmp_path / f"server{killing}.log", wait_for="/readyz")
+        server.headers = headers
         try:
             with Load(server) as load:
                 load.wait_for(200)
@@ -113,24 +118,28 @@ def test_after_kill_9_of_every_process_no_acknowledged_answer_is_missing_or_anot
 def test_a_server_that_is_told_to_stop_answers_every_request_that_it_records(trained, tmp_path):
     env = processes.environment(f"sqlite:///{tmp_path / 'server.sqlite3'}", trained, DEBUG="1", LOG_LEVEL="WARNING")
     processes.manage("migrate", env=env)
-    with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server, Load(server) as load:
-        load.wait_for(200)
-        server.stop()
+    with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
+        server.headers = processes.token_header(env)
+        with Load(server) as load:
+            load.wait_for(200)
+            server.stop()
 
     assert load.refused == []
     assert logged(env, tmp_path) == load.acknowledged
 
 
-def test_a_database_that_dropped_its_connections_costs_no_client_an_error(postgresql_url, trained, tmp_path):
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_database_that_dropped_its_connections_costs_no_client_an_error(postgresql_url, trained, tmp_path, is_known):
     url = postgresql.new_database(postgresql_url)
     env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="WARNING")
     processes.manage("migrate", env=env)
     with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
+        server.headers = processes.token_header(env) if is_known else {}
 
         def ask_often() -> set[int]:
-            path = f"{server.url}/api/v1/classifier/predict?status=production"
+            path = "/api/v1/classifier/predict?status=production"
             with ThreadPoolExecutor(8) as pool:
-                answers = [pool.submit(requests.post, path, json={"Orders": 3}, timeout=30) for _ in range(60)]
+                answers = [pool.submit(server.post, path, json={"Orders": 3}) for _ in range(60)]
             return {answer.result().status_code for answer in answers}
 
         assert ask_often() == {200}
@@ -147,9 +156,8 @@ def test_a_table_that_changed_under_a_running_server_costs_no_client_an_error(po
     url = postgresql.new_database(postgresql_url)
     env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="WARNING")
     processes.manage("migrate", env=env)
-    token = processes.manage("create_token", "shop", "--create-user", env=env).stdout.strip()
     with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server, requests.Session() as shop:
-        shop.headers["Authorization"] = f"Token {token}"
+        shop.headers.update(processes.token_header(env))
 
         def ask() -> int:
             path = f"{server.url}/api/v1/classifier/predict?status=production"

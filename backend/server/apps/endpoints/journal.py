@@ -7,15 +7,17 @@ in one transaction, and each gets the ids of its own rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
 
-from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, transaction
+from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, models, transaction
 
 from apps.endpoints.json_text import dumps
 from apps.endpoints.models import MLRequest
+from apps.endpoints.premise import HOLDS, Premise
 from apps.endpoints.sql import Statement
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
@@ -36,15 +38,21 @@ class NewRequest(NamedTuple):
     abtest_id: int | None
 
 
+_CREATED_AT = NewRequest._fields.index("created_at")
+
 Row = list[Any]
 
 
 class _Entry:
-    """The rows of one call; `ids` or `error` once they were written or refused."""
+    """The rows of one call; `ids` or `error` once they were written or refused.
 
-    def __init__(self, rows: list[Row]):
+    are_conditional: the rows carry a premise each; an id is None where it did not hold.
+    """
+
+    def __init__(self, rows: list[Row], *, are_conditional: bool):
         self.rows = rows
-        self.ids: list[int] | None = None
+        self.are_conditional = are_conditional
+        self.ids: list[int | None] | None = None
         self.error: Exception | None = None
         self.writes = False  # whether its thread is the one that writes
         self.turn = threading.Lock()  # let go when the entry is settled, or when its thread is to write
@@ -70,7 +78,22 @@ class Journal:
         """
         if connection.in_atomic_block or len(requests) > SHARED_ROWS:
             return insert(requests)
-        entry = _Entry(_prepared(requests))
+        return self._settled(_Entry(_prepared(requests), are_conditional=False))
+
+    def record_if(self, premise: Premise, request: NewRequest) -> int | None:
+        """The id of the request once it is committed; None, and nothing recorded, if the premise does not hold.
+
+        On SQLite and PostgreSQL only. Raises django.db.Error.
+        """
+        database = connections[DEFAULT_DB_ALIAS]
+        row = _row(request, database.ops.adapt_datetimefield_value)
+        row += premise.values(row[_CREATED_AT])
+        if database.in_atomic_block:
+            return _insert([row], are_conditional=True)[0]
+        return self._settled(_Entry([row], are_conditional=True))[0]
+
+    def _settled(self, entry: _Entry) -> list[int | None]:
+        """The ids of an entry's rows, after this thread or another has written them."""
         try:
             with self._mutex:
                 self._waiting.append(entry)
@@ -117,7 +140,7 @@ class Journal:
 
 def _settle(group: list[_Entry]) -> None:
     try:
-        ids = iter(_insert([row for entry in group for row in entry.rows]))
+        ids_of_entries = _insert_entries(group)
     except (OperationalError, InterfaceError) as error:  # the database's trouble, and so everybody's
         for entry in group:
             entry.error = type(error)(*error.args)
@@ -128,11 +151,30 @@ def _settle(group: list[_Entry]) -> None:
         for entry in group:  # somebody's rows; the others shall not suffer for them
             _settle([entry])
     else:
-        for entry in group:
-            entry.ids = [next(ids) for _ in entry.rows]
+        for entry, ids in ids_of_entries:
+            entry.ids = ids
+
+
+def _insert_entries(group: list[_Entry]) -> list[tuple[_Entry, list[int | None]]]:
+    """Insert the rows of entries in one transaction; returns each entry with the ids of its rows."""
+    if len(group) == 1:
+        return [(group[0], _insert(group[0].rows, group[0].are_conditional))]
+    inserted = []
+    kinds = {entry.are_conditional for entry in group}
+    with transaction.atomic() if len(kinds) > 1 else nullcontext():
+        for are_conditional in kinds:
+            entries = [entry for entry in group if entry.are_conditional is are_conditional]
+            ids = iter(_insert([row for entry in entries for row in entry.rows], are_conditional))
+            inserted += [(entry, [next(ids) for _ in entry.rows]) for entry in entries]
+    return inserted
 
 
 journal = Journal()
+
+
+@cache
+def can_record_if() -> bool:
+    return connection.vendor in ("sqlite", "postgresql")
 
 
 def insert(requests: Sequence[NewRequest]) -> list[int]:
@@ -140,25 +182,30 @@ def insert(requests: Sequence[NewRequest]) -> list[int]:
     return _insert(_prepared(requests))
 
 
-def _insert(rows: list[Row]) -> list[int]:
-    """Insert rows in one transaction; returns the id of each."""
+def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
+    """Insert rows in one transaction; returns the id of each, None for a conditional row whose premise fails."""
     if len(rows) == 1:  # a statement by itself is one
-        return _insert_one_by_one(rows)
-    are_many = len(rows) > SHARED_ROWS
-    with transaction.atomic():
+        return _insert_one_by_one(rows, are_conditional)
+    are_many = len(rows) > SHARED_ROWS and not are_conditional
+    with transaction.atomic(savepoint=False):
         if connection.vendor == "postgresql":
-            return _copy_with_ids_drawn_first(rows) if are_many else _insert_in_a_pipeline(rows)
-        return _insert_by_one_call(rows) if are_many and connection.vendor == "sqlite" else _insert_one_by_one(rows)
+            return _copy_with_ids_drawn_first(rows) if are_many else _insert_in_a_pipeline(rows, are_conditional)
+        if are_many and connection.vendor == "sqlite":
+            return _insert_by_one_call(rows)
+        return _insert_one_by_one(rows, are_conditional)
 
 
-def _insert_one_by_one(rows: list[Row]) -> list[int]:
+def _insert_one_by_one(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
     """A statement for each row."""
     database = connections[DEFAULT_DB_ALIAS]
+    statement = _insert_statement(are_conditional)
     if database.vendor == "postgresql":
-        statement = _insert_statement(returning_id=True)
-        return [statement.first_row(database, row)[0] for row in rows]
-    statement = _insert_statement(returning_id=False)
+        return [_id(statement.first_row(database, row)) for row in rows]
     return [statement.last_id(database, row) for row in rows]
+
+
+def _id(found: Sequence[Any] | None) -> int | None:
+    return found[0] if found else None
 
 
 def _insert_by_one_call(rows: list[Row]) -> list[int]:
@@ -175,15 +222,15 @@ def _insert_by_one_call(rows: list[Row]) -> list[int]:
     return ids
 
 
-def _insert_in_a_pipeline(rows: list[Row]) -> list[int]:
+def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | None]:
     """A statement for each row, and so an id for each, sent at once instead of one after the answer to the other."""
     from psycopg import Cursor  # only there with PostgreSQL
 
     ids = []
     with connection.wrap_database_errors, Cursor(connection.connection) as cursor:
-        cursor.executemany(_insert_sql() + " RETURNING id", rows, returning=True)
+        cursor.executemany(_insert_sql(are_conditional), rows, returning=True)
         for _ in rows:
-            ids.append(cursor.fetchone()[0])
+            ids.append(_id(cursor.fetchone()))
             cursor.nextset()
     return ids
 
@@ -205,31 +252,44 @@ def _copy_with_ids_drawn_first(rows: list[Row]) -> list[int]:
 def _prepared(requests: Sequence[NewRequest]) -> list[Row]:
     """The values of requests as the database takes them, in the order of the fields."""
     adapted_time = cache(connection.ops.adapt_datetimefield_value)  # the rows of a call share one moment
+    return [_row(request, adapted_time) for request in requests]
+
+
+def _row(request: NewRequest, adapted_time: Callable[[datetime], Any]) -> Row:
     return [
-        [
-            dumps(request.input_data),
-            dumps(request.full_response),
-            request.response,
-            request.probability,
-            adapted_time(request.created_at),
-            request.latency_ms,
-            request.customer_key,
-            request.parent_mlalgorithm_id,
-            request.abtest_id,
-        ]
-        for request in requests
+        dumps(request.input_data),
+        dumps(request.full_response),
+        request.response,
+        request.probability,
+        adapted_time(request.created_at),
+        request.latency_ms,
+        request.customer_key,
+        request.parent_mlalgorithm_id,
+        request.abtest_id,
     ]
 
 
 @cache
-def _insert_statement(*, returning_id: bool) -> Statement:
-    return Statement(_insert_sql() + " RETURNING id" * returning_id)
+def _insert_statement(are_conditional: bool) -> Statement:
+    return Statement(_insert_sql(are_conditional))
 
 
 @cache
-def _insert_sql() -> str:
-    placeholders = ", ".join(["%s"] * len(NewRequest._fields))
-    return f"INSERT INTO {_table_and_columns()} VALUES ({placeholders})"
+def _insert_sql(are_conditional: bool = False) -> str:
+    """SQL for one row, and after its values those of its premise. Where there is RETURNING it gives the id."""
+    placeholders = ["%s"] * len(NewRequest._fields)
+    values = f"VALUES ({', '.join(placeholders)})"
+    is_postgresql = connection.vendor == "postgresql"
+    if are_conditional:
+        if is_postgresql:  # which does not see from a SELECT's place what types its values are to have
+            placeholders = [f"CAST(%s AS {_type_of(MLRequest._meta.get_field(name))})" for name in NewRequest._fields]
+        values = f"SELECT {', '.join(placeholders)} WHERE {HOLDS}"
+    return f"INSERT INTO {_table_and_columns()} {values}" + " RETURNING id" * is_postgresql
+
+
+def _type_of(field: models.Field) -> str:
+    # A cast to varchar(n) would cut a longer text where an INSERT refuses it.
+    return "text" if isinstance(field, models.CharField) else field.db_type(connection)
 
 
 def _table_and_columns(*more: str) -> str:

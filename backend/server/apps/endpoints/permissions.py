@@ -13,6 +13,7 @@ from django.utils.functional import SimpleLazyObject
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from knox.crypto import hash_token
 from knox.models import AuthToken
+from knox.settings import knox_settings
 from rest_framework.exceptions import AuthenticationFailed, NotAuthenticated
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 
@@ -34,7 +35,40 @@ _token = Prepared(
         "expiry", *(f"user__{name}" for name in _USER_FIELDS)
     )
 )
+_KEYWORD = knox_settings.AUTH_HEADER_PREFIX.lower()
 _IS_ACTIVE = _USER_FIELDS.index("is_active")
+
+
+class _Known:
+    """The tokens, by their hashes, that were good when they were last looked up."""
+
+    MOST = 10_000  # of 128 characters each
+
+    def __init__(self) -> None:
+        self._digests: set[str] = set()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._digests
+
+    def add(self, digest: str) -> None:
+        if len(self._digests) >= self.MOST:
+            self._digests.clear()
+        self._digests.add(digest)
+
+
+_known = _Known()
+
+
+def known_token(authorization: str) -> str | None:
+    """The hash of the token in an Authorization header, if it was good when it was last looked up."""
+    token = _token_in(authorization)
+    digest = token and hash_token(token)
+    return digest if digest in _known else None
+
+
+def _token_in(authorization: str) -> str | None:
+    words = authorization.split()
+    return words[1] if len(words) == 2 and words[0].lower() == _KEYWORD else None
 
 
 class TokenAuthentication(knox.auth.TokenAuthentication):
@@ -42,13 +76,14 @@ class TokenAuthentication(knox.auth.TokenAuthentication):
 
     def authenticate(self, request: Request) -> tuple[Any, None] | None:
         # request.headers, where knox looks, first copies them all.
-        words = request.META.get("HTTP_AUTHORIZATION", "").split()
-        if len(words) == 2 and words[0].lower() == self.authenticate_header(request).lower():
-            return self.authenticate_credentials(words[1].encode("latin-1"))
+        token = _token_in(request.META.get("HTTP_AUTHORIZATION", ""))
+        if token is not None:
+            return self.authenticate_credentials(token.encode("latin-1"))
         return super().authenticate(request)
 
     def authenticate_credentials(self, token: bytes) -> tuple[Any, None]:
-        found = _token.first(hash_token(token.decode("latin-1")))
+        digest = hash_token(token.decode("latin-1"))
+        found = _token.first(digest)
         if found is None:
             raise AuthenticationFailed("This token is not known.")
         expiry, *user = found
@@ -56,6 +91,7 @@ class TokenAuthentication(knox.auth.TokenAuthentication):
             raise AuthenticationFailed("This token has expired.")
         if not user[_IS_ACTIVE]:
             raise AuthenticationFailed("The user of this token is inactive.")
+        _known.add(digest)
         # Most calls never ask who it is.
         return SimpleLazyObject(lambda: get_user_model().from_db(DEFAULT_DB_ALIAS, _USER_FIELDS, user)), None
 

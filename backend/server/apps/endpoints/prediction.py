@@ -10,10 +10,12 @@ from datetime import datetime
 from typing import Any
 
 from django.conf import settings
+from django.db import DatabaseError
 
 from apps.endpoints import abtests
-from apps.endpoints.journal import NewRequest, journal
+from apps.endpoints.journal import NewRequest, can_record_if, journal
 from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, Status
+from apps.endpoints.premise import Premise
 from apps.ml.artifacts import HOW_TO_TRAIN, ArtifactError
 from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.registry import registry
@@ -112,12 +114,16 @@ def choose(endpoint_name: str, wanted: Wanted, *, in_test: bool = True) -> Choic
     A caller who names a version or an algorithm gets that one. While a test runs, its champion still
     counts as the production algorithm. Raises PredictionError.
     """
-    if wanted.status is not None and wanted.status not in _STATUSES:
-        names = ", ".join(status for status in Status.values if status != Status.RETIRED)
-        raise NoSuchAlgorithm(f"There is no status {wanted.status!r}; use one of {names}.")
     served = registry.served(endpoint_name)
     if not served:
         raise _nothing_served(endpoint_name)
+    return _choose(served, wanted, in_test=in_test)
+
+
+def _choose(served: Sequence[MLAlgorithmStatus], wanted: Wanted, *, in_test: bool = True) -> Choice:
+    if wanted.status is not None and wanted.status not in _STATUSES:
+        names = ", ".join(status for status in Status.values if status != Status.RETIRED)
+        raise NoSuchAlgorithm(f"There is no status {wanted.status!r}; use one of {names}.")
     named = [
         status
         for status in served
@@ -168,6 +174,30 @@ def predict(
     return score(choose(endpoint_name, wanted), rows, now=now, as_text=as_text)
 
 
+def predict_from_memory(
+    endpoint_name: str, customer: Mapping[str, Any], wanted: Wanted, token_digest: str, *, now: datetime
+) -> Answer | None:
+    """The answer by what this process knows of the token and the endpoint, if the database confirms both.
+
+    It does so in the statement that records the answer: one statement in place of three. None, and nothing recorded,
+    when something has changed, is not known, or fails in any way: then `predict`, after a look at the token, decides.
+    """
+    served = registry.known(endpoint_name)
+    if served is None or served.newest_step is None or not can_record_if():
+        return None
+    premise = Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step)
+    with suppress(PredictionError, InputError, DatabaseError):
+        choice = served.choices.get(wanted)
+        if choice is None:
+            choice = served.choices[wanted] = _choose(served.statuses, wanted)
+        choice = _without_a_broken_arm(choice)
+        algorithm = abtests.choose_arm(choice.algorithms) if len(choice.algorithms) > 1 else choice.algorithms[0]
+        (request,) = _scored(algorithm, [customer], choice.test_id, now)
+        pk = journal.record_if(premise, request)
+        return None if pk is None else _answer(pk, request, algorithm)
+    return None
+
+
 def classifier_of(algorithm: MLAlgorithm) -> RetentionClassifier:
     """The loaded classifier that answers for an algorithm. Raises Unavailable."""
     try:
@@ -203,10 +233,11 @@ def score(choice: Choice, rows: Sequence[Mapping[str, Any]], *, now: datetime, a
         raise InputError(problems)
     in_order = [recorded[position] for position in range(len(rows))]
     ids = journal.record([request for _, request in in_order])
-    return [
-        Answer(pk, request.probability, request.response, algorithm, request.full_response.get("warnings", ()))
-        for pk, (algorithm, request) in zip(ids, in_order, strict=True)
-    ]
+    return [_answer(pk, request, algorithm) for pk, (algorithm, request) in zip(ids, in_order, strict=True)]
+
+
+def _answer(pk: int, request: NewRequest, algorithm: MLAlgorithm) -> Answer:
+    return Answer(pk, request.probability, request.response, algorithm, request.full_response.get("warnings", ()))
 
 
 def _without_a_broken_arm(choice: Choice) -> Choice:
@@ -222,7 +253,11 @@ def _without_a_broken_arm(choice: Choice) -> Choice:
 
 
 def _scored(
-    algorithm: MLAlgorithm, rows: Sequence[Mapping[str, Any]], test_id: int | None, now: datetime, as_text: bool
+    algorithm: MLAlgorithm,
+    rows: Sequence[Mapping[str, Any]],
+    test_id: int | None,
+    now: datetime,
+    as_text: bool = False,
 ) -> list[NewRequest]:
     """What one algorithm answers for rows, as requests that are not recorded yet."""
     began = time.perf_counter()

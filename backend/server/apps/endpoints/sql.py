@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from operator import attrgetter, methodcaller
+from operator import methodcaller
 from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, NotSupportedError, OperationalError, connections
@@ -31,8 +31,8 @@ class Statement:
     def first_row(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> Sequence[Any] | None:
         return self._run(database, parameters, _fetched)
 
-    def last_id(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> int:
-        """The id of the row that it inserted, as drivers tell it who have no RETURNING."""
+    def last_id(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> int | None:
+        """The id of the row that it inserted, as drivers tell it who have no RETURNING; None if it inserted none."""
         return self._run(database, parameters, _last_id)
 
     def _run(self, database: BaseDatabaseWrapper, parameters: Sequence[Any], read: Callable[[Any], Any]) -> Any:
@@ -41,17 +41,13 @@ class Statement:
             with database.cursor() as cursor:
                 cursor.execute(self._sql, parameters)
                 return read(cursor)
-        database.ensure_connection()
+        if database.connection is None:
+            database.ensure_connection()
         database.validate_no_broken_transaction()
         with database.wrap_database_errors:
             if database.vendor == "postgresql":
                 return self._run_on_postgresql(database, parameters, read)
-            cursor = database.connection.cursor()
-            try:
-                cursor.execute(self._on_sqlite, parameters)
-                return read(cursor)
-            finally:
-                cursor.close()
+            return read(database.connection.execute(self._on_sqlite, parameters))
 
     def _run_on_postgresql(
         self, database: BaseDatabaseWrapper, parameters: Sequence[Any], read: Callable[[Any], Any]
@@ -66,7 +62,10 @@ class Statement:
 
 
 _fetched = methodcaller("fetchone")
-_last_id = attrgetter("lastrowid")
+
+
+def _last_id(cursor: Any) -> int | None:
+    return cursor.lastrowid if cursor.rowcount else None
 
 
 class Prepared:

@@ -10,8 +10,9 @@ import inspect
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from django.conf import settings
 from django.db.models import F, FilteredRelation, OuterRef, Q, Subquery
@@ -56,6 +57,7 @@ class Served:
     newest_step: int | None
     statuses: Sequence[MLAlgorithmStatus]
     algorithm_ids: frozenset[int]
+    choices: dict[Any, Any] = field(default_factory=dict)  # what prediction makes of callers' wishes
 
 
 class MLRegistry:
@@ -149,10 +151,8 @@ class MLRegistry:
         if found is None:
             return ()
         endpoint_id, newest_step = found
-        known = self._served.get(endpoint_name)
+        known = self.known(endpoint_name)
         if known and (known.endpoint_id, known.newest_step) == (endpoint_id, newest_step):
-            # A request that was chosen before a retirement may have loaded the retired one again.
-            self.unload_all_but(endpoint_id, known.algorithm_ids)
             return known.statuses
         # One query, hence one moment: a test that starts or stops meanwhile is seen whole or not at all.
         running = FilteredRelation("parent_endpoint__abtests", condition=Q(parent_endpoint__abtests__ended_at=None))
@@ -167,6 +167,14 @@ class MLRegistry:
         self._served[endpoint_name] = Served(endpoint_id, newest_step, statuses, algorithm_ids)
         self.unload_all_but(endpoint_id, algorithm_ids)
         return statuses
+
+    def known(self, endpoint_name: str) -> Served | None:
+        """What the endpoint served when `served` last asked, without asking whether that still holds."""
+        known = self._served.get(endpoint_name)
+        if known:
+            # A request that was chosen before a retirement may have loaded the retired one again.
+            self.unload_all_but(known.endpoint_id, known.algorithm_ids)
+        return known
 
     def get(self, algorithm: MLAlgorithm) -> RetentionClassifier:
         """The loaded classifier of a row. Raises ArtifactError when it is not what was registered."""

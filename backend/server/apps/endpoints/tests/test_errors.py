@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import socket
 from urllib.parse import urlencode, urlsplit
@@ -51,37 +50,6 @@ def is_error(response, status: int | None = None) -> str:
 @pytest.fixture
 def answered(api, algorithms, customer) -> int:
     return api.post(PREDICT, customer).json()["request_id"]
-
-
-@pytest.fixture
-def wsgi(api, application):
-    """Send a request as a server hands it to the application, headers and body as broken as they may be."""
-
-    def send(body: bytes = b"", **environ: str) -> tuple[int, dict]:
-        answer: dict = {}
-        base = {
-            "REQUEST_METHOD": "POST",
-            "PATH_INFO": PREDICT,
-            "QUERY_STRING": "",
-            "SERVER_NAME": "127.0.0.1",
-            "SERVER_PORT": "8000",
-            "SERVER_PROTOCOL": "HTTP/1.1",
-            "REMOTE_ADDR": "127.0.0.1",
-            "HTTP_HOST": "testserver",
-            "CONTENT_TYPE": "application/json",
-            "CONTENT_LENGTH": str(len(body)),
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
-            "wsgi.input": io.BytesIO(body),
-            "wsgi.errors": io.StringIO(),
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": True,
-            "wsgi.run_once": False,
-        }
-        chunks = application({**base, **environ}, lambda status, headers: answer.update(status=int(status.split()[0])))
-        return answer["status"], json.loads(b"".join(chunks))
-
-    return send
 
 
 def test_a_name_in_another_script_is_repeated_as_it_was_sent(wsgi, algorithms):

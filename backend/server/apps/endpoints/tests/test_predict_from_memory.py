@@ -1,0 +1,257 @@
+"""A caller who is known, of an endpoint that is known, is answered by one statement, which checks both."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+import pytest
+from django.contrib.auth.models import User
+from django.db import OperationalError, connection
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from knox.models import AuthToken
+from rest_framework.permissions import BasePermission
+from rest_framework.test import APIClient
+from rest_framework.throttling import UserRateThrottle
+
+from apps.endpoints import abtests, journal, lifecycle, permissions, prediction
+from apps.endpoints.models import ABTest, Endpoint, MLRequest
+from apps.endpoints.views import PredictView
+
+PREDICT = "/api/v1/classifier/predict?status=production"
+
+
+@pytest.fixture
+def user(db):
+    return User.objects.create_user("ann")
+
+
+@pytest.fixture
+def caller(user):
+    _, token = AuthToken.objects.create(user)
+    client = APIClient(raise_request_exception=False)
+    client.credentials(HTTP_AUTHORIZATION=f"Token {token}")
+    return client
+
+
+@pytest.fixture
+def known(caller, algorithms, customer):
+    """The caller after a first answer, which taught the process the token and what is served."""
+    assert caller.post(PREDICT, customer).status_code == 200
+    MLRequest.objects.all().delete()
+    return caller
+
+
+def set_status(algorithm, status):
+    lifecycle.set_status(algorithm, status, by="ann", now=timezone.now())
+
+
+def statements(client, *args, **kwargs):
+    with CaptureQueriesContext(connection) as queries:
+        response = client.post(*args, **kwargs)
+    return response, [query["sql"] for query in queries]
+
+
+def test_one_statement_checks_and_records(known, customer):
+    response, (statement,) = statements(known, PREDICT, customer)
+
+    assert response.status_code == 200
+    assert statement.startswith("INSERT")
+    assert MLRequest.objects.get().pk == response.json()["request_id"]
+
+
+def test_the_answer_its_headers_and_its_row_are_those_of_a_first_call(caller, algorithms, customer):
+    first, second = (caller.post(PREDICT, {**customer, "CustomerId": "C7"}) for _ in range(2))
+
+    def shown(response):
+        return {**response.json(), "request_id": None}, dict(response.items()) | {"Content-Length": None}
+
+    assert shown(first) == shown(second)
+    one, other = (
+        MLRequest.objects.filter(pk=response.json()["request_id"])
+        .values(
+            "input_data", "full_response", "response", "probability", "customer_key", "parent_mlalgorithm", "abtest"
+        )
+        .get()
+        for response in (first, second)
+    )
+    assert one == other
+
+
+# --- What changed meanwhile -------------------------------------------------------------------------------------------
+def test_a_new_status_governs_the_next_answer(known, customer, algorithms):
+    set_status(algorithms["decision_tree"], "production")
+
+    assert known.post(PREDICT, customer).json()["algorithm"] == "decision tree"
+    assert statements(known, PREDICT, customer)[0].json()["algorithm"] == "decision tree"
+    assert MLRequest.objects.filter(parent_mlalgorithm=algorithms["decision_tree"]).count() == 2
+    assert MLRequest.objects.count() == 2
+
+
+def test_what_was_learnt_anew_is_one_statement_again(known, customer, algorithms):
+    set_status(algorithms["decision_tree"], "production")
+    known.post(PREDICT, customer)
+
+    assert len(statements(known, PREDICT, customer)[1]) == 1
+
+
+def test_a_retired_algorithm_answers_no_more(known, customer, algorithms):
+    by_name = "/api/v1/classifier/predict?algorithm=random_forest"
+    assert known.post(by_name, customer).status_code == 200
+    set_status(algorithms["random_forest"], "retired")
+
+    assert known.post(by_name, customer).status_code == 400
+    assert MLRequest.objects.count() == 1
+
+
+def test_a_test_that_starts_and_stops_gets_the_requests_between(known, customer, algorithms):
+    test = abtests.start("a test", algorithms["random_forest"], algorithms["extra_trees"], by="ann", now=timezone.now())
+    during = [known.post(PREDICT, customer).json()["request_id"] for _ in range(12)]
+    abtests.stop(ABTest.objects.get(), by="ann", now=timezone.now())
+    after = known.post(PREDICT, customer).json()["request_id"]
+
+    assert set(MLRequest.objects.filter(abtest=test).values_list("pk", flat=True)) == set(during)
+    assert MLRequest.objects.filter(pk__in=during).values("parent_mlalgorithm").distinct().count() == 2
+    assert MLRequest.objects.get(pk=after).abtest is None
+
+
+def test_an_endpoint_that_was_renamed_is_not_known_by_its_old_name(known, customer):
+    Endpoint.objects.update(name="other")
+
+    assert known.post(PREDICT, customer).status_code == 404
+    assert known.post("/api/v1/other/predict?status=production", customer).status_code == 200
+
+
+def forget_token(user):
+    AuthToken.objects.all().delete()
+
+
+def expire_token(user):
+    AuthToken.objects.update(expiry=timezone.now() - timedelta(seconds=1))
+
+
+def put_out_user(user):
+    User.objects.update(is_active=False)
+
+
+def delete_user(user):
+    user.delete()
+
+
+@pytest.mark.parametrize("change", [forget_token, expire_token, put_out_user, delete_user])
+def test_who_may_not_call_any_more_is_refused_and_nothing_is_recorded(known, customer, user, change):
+    change(user)
+
+    assert known.post(PREDICT, customer).status_code == 401
+    assert known.post(PREDICT, {"Orders": "many"}).status_code == 401  # and learns nothing of what is wrong
+    assert not MLRequest.objects.exists()
+
+
+def test_a_token_that_expires_later_still_counts(known, customer):
+    AuthToken.objects.update(expiry=timezone.now() + timedelta(minutes=1))
+
+    assert len(statements(known, PREDICT, customer)[1]) == 1
+
+
+def test_a_stranger_is_looked_up_before_anything_is_scored(known, customer, monkeypatch):
+    monkeypatch.setattr(prediction, "predict_from_memory", lambda *args, **kwargs: pytest.fail("it was scored"))
+
+    assert APIClient(headers={"Authorization": "Token " + "0" * 64}).post(PREDICT, customer).status_code == 401
+    assert APIClient().post(PREDICT, customer).status_code == 401
+
+
+# --- What is not plain goes the long way ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "body",
+    ["", "{", "[]", "null", '"a"', '{"Orders": "many"}', '{"Orders": 1, "Colour": 2}', '{"Orders": NaN}', "{}", "5"],
+)
+def test_what_is_wrong_is_told_as_to_one_who_calls_first(known, algorithms, user, body):
+    _, token = AuthToken.objects.create(user)
+    stranger = APIClient(headers={"Authorization": f"Token {token}"})
+
+    told, told_stranger = (
+        client.post(PREDICT, body.encode(), content_type="application/json") for client in (known, stranger)
+    )
+
+    assert told.status_code == 400
+    assert (told.json(), dict(told.items())) == (told_stranger.json(), dict(told_stranger.items()))
+    assert not MLRequest.objects.exists()
+
+
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["Plan", "Orders", "RecencyDays", "MeanGapDays", "Newsletter", "CustomerId", "Other"]),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=5)
+        | st.lists(st.integers(), max_size=1),
+    )
+)
+def test_whatever_is_sent_is_answered_alike(known, customer):
+    body = json.dumps(customer)
+    plain, with_charset = (
+        known.post(PREDICT, body, content_type=kind)
+        for kind in ("application/json", "application/json; charset=utf-8")  # the second goes the long way
+    )
+
+    def shown(response):
+        return response.status_code, {**response.json(), "request_id": None}
+
+    assert shown(plain) == shown(with_charset)
+
+
+def test_a_body_that_broke_off_is_refused_though_it_reads_as_json(known, wsgi, customer):
+    body = json.dumps(customer).encode()
+    authorization = known._credentials["HTTP_AUTHORIZATION"]
+
+    status, answer = wsgi(body, CONTENT_LENGTH=str(len(body) + 1), HTTP_AUTHORIZATION=authorization)
+
+    assert (status, "broke off" in answer["message"]) == (400, True)
+    assert wsgi(body, HTTP_AUTHORIZATION=authorization)[0] == 200
+
+
+def test_a_throttle_counts_every_call(known, customer, monkeypatch):
+    class TwoAMinute(UserRateThrottle):
+        rate = "2/min"
+
+    monkeypatch.setattr(PredictView, "throttle_classes", [TwoAMinute])
+
+    assert [known.post(PREDICT, customer).status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_a_permission_that_is_added_is_asked(known, customer, monkeypatch):
+    class Nobody(BasePermission):
+        def has_permission(self, request, view):
+            return False
+
+    monkeypatch.setattr(PredictView, "permission_classes", [*PredictView.permission_classes, Nobody])
+
+    assert known.post(PREDICT, customer).status_code == 403
+
+
+def test_a_statement_that_fails_is_tried_again_the_long_way(known, customer, monkeypatch):
+    def broken(*args):
+        raise OperationalError("the connection is gone")
+
+    monkeypatch.setattr(journal.Journal, "record_if", broken)
+
+    assert known.post(PREDICT, customer).status_code == 200
+    assert MLRequest.objects.count() == 1
+
+
+def test_what_this_process_remembers_of_tokens_is_bounded(monkeypatch):
+    known = permissions._Known()
+    monkeypatch.setattr(known, "MOST", 3)
+
+    for number in range(10):
+        known.add(str(number))
+        assert str(number) in known
+
+    assert "0" not in known
