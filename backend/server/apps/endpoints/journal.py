@@ -19,6 +19,7 @@ from apps.endpoints.json_text import dumps
 from apps.endpoints.models import MLRequest
 from apps.endpoints.premise import HOLDS, Premise
 from apps.endpoints.sql import Statement
+from apps.endpoints.turns import turn_to_write
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
 SHARED_ROWS = 100
@@ -124,7 +125,8 @@ class Journal:
             with self._mutex:
                 group, self._waiting = self._waiting, []
             if group:
-                _settle(group)
+                with turn_to_write():
+                    _settle(group)
         finally:
             with self._mutex:
                 next_one = self._waiting[0] if self._waiting else None
