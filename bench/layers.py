@@ -82,11 +82,9 @@ def _environ(launch: contestants.Launch, body: bytes) -> dict[str, Any]:
 
 def _ask(application: Callable[..., Any], launch: contestants.Launch, body: bytes) -> None:
     statuses: list[str] = []
-    response = application(_environ(launch, body), lambda status, headers: statuses.append(status))
-    b"".join(response)
-    response.close()
+    answer = b"".join(application(_environ(launch, body), lambda status, headers: statuses.append(status)))
     if statuses != ["200 OK"]:
-        sys.exit(f"It answered {statuses}: {response.content!r}")
+        sys.exit(f"It answered {statuses}: {answer!r}")
 
 
 def main() -> None:

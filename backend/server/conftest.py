@@ -9,7 +9,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,8 @@ def application(db) -> Callable[..., list[bytes]]:
         for moment in moments:
             moment.disconnect(close_old_connections)
         try:
-            with closing(handler(environ, start_response)) as response:
+            response = handler(environ, start_response)
+            with closing(response) if hasattr(response, "close") else nullcontext():
                 return list(response)
         finally:
             for moment in moments:

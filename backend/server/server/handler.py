@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
@@ -19,3 +20,12 @@ class Request(WSGIRequest):
 
 class Handler(WSGIHandler):
     request_class = Request
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """A whole answer as a list, which servers send at once, where they would ask anything else for its pieces."""
+        response = super().__call__(environ, start_response)
+        if response.streaming:
+            return response
+        body = [response.content]
+        response.close()
+        return body

@@ -24,6 +24,8 @@ _PROCESSORS = [
 
 def configure() -> None:
     """Send structlog's lines through the standard library's handlers."""
+    # No format says them, and to look them up costs a tenth of a line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *_PROCESSORS, _handle],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -186,7 +186,7 @@ class AlignedRows:
     unseen: Mapping[int, Sequence[str]]
     columns: Sequence[Column]
 
-    @cached_property
+    @property
     def warnings(self) -> list[list[str]]:
         """What was filled or not recognised, for each row."""
         sentences: dict[bytes, list[str]] = {}  # many rows lack the same values
