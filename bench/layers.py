@@ -49,17 +49,18 @@ def _timed(spent: Counter[str], layer: str, owner: Any, name: str) -> None:
 
 
 def _time_layers(spent: Counter[str]) -> None:
-    from apps.endpoints import json_text, parsers, permissions, prediction
+    from apps.endpoints import json_text, prediction, views
     from apps.endpoints.journal import Journal
-    from server import middleware
+    from apps.ml.registry import MLRegistry
+    from server import logs
 
-    _timed(spent, "who asks: the token, one query", permissions.TokenAuthentication, "authenticate")
-    _timed(spent, "the body, from JSON", parsers.JSONBody, "parse")
-    _timed(spent, "what serves: one query", prediction, "choose")
+    _timed(spent, "who asks: the token's hash", views, "known_token")
+    _timed(spent, "the body, from JSON", json_text, "loads")
+    _timed(spent, "what served last", MLRegistry, "known")
     _timed(spent, "checking, encoding, the forest", prediction, "_scored")
-    _timed(spent, "recording: one commit", Journal, "record")
+    _timed(spent, "recording, if token and status still hold: one commit", Journal, "record_if")
     _timed(spent, "the answer, to JSON", json_text, "dumps")
-    _timed(spent, "the line in the log", middleware.log, "info")
+    _timed(spent, "the line in the log", logs, "info")
 
 
 def _environ(launch: contestants.Launch, body: bytes) -> dict[str, Any]:
