@@ -6,6 +6,7 @@ from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularJSONAPIView, SpectacularSwaggerView
 from rest_framework.authentication import SessionAuthentication
 
+from apps.endpoints import urls as endpoints
 from apps.endpoints.permissions import TokenAuthentication, TokenUnlessDebug
 
 # The description shows customers of the trained table as examples, so it is as closed as the API itself.
@@ -18,7 +19,8 @@ docs = user_passes_test(lambda user: settings.DEBUG or user.is_active, login_url
 )
 
 urlpatterns = [
-    path("api/v1/", include("apps.endpoints.urls")),
+    endpoints.predict,
+    path(endpoints.PREFIX, include(endpoints)),
     path("", RedirectView.as_view(url="/api/docs")),
     path("admin", RedirectView.as_view(url="/admin/")),
     path("admin/", admin.site.urls),

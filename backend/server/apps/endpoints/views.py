@@ -85,7 +85,7 @@ def _wanted(query_string: str) -> Wanted:
 
 
 def _json(body: Any, headers: Mapping[str, str] | None = None) -> HttpResponse:
-    return HttpResponse(json_text.dumps(body), content_type="application/json", headers=headers)
+    return HttpResponse(json_text.dumps(body).encode(), content_type="application/json", headers=headers)
 
 
 class Api:
