@@ -24,7 +24,7 @@ class Handler(WSGIHandler):
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """A whole answer as a list, which servers send at once, where they would ask anything else for its pieces."""
         response = super().__call__(environ, start_response)
-        if response.streaming:
+        if getattr(response, "streaming", True):  # or the server's own wrapper of a file
             return response
         body = [response.content]
         response.close()

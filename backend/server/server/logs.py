@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from types import NoneType
 from typing import Any, NoReturn
 
 import msgspec
@@ -69,14 +71,18 @@ class _Formatter(structlog.stdlib.ProcessorFormatter):
         return line
 
 
-_encode = msgspec.json.Encoder(enc_hook=repr).encode
+_PLAIN = {str, int, float, bool, NoneType}
+_encode = msgspec.json.Encoder().encode
 
 
 def _json(line: EventDict, default: Callable[[Any], Any]) -> str:
-    try:
-        return _encode(line).decode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return json.dumps(line, default=default)
+    """JSON in ASCII, whatever stderr's encoding is: by msgspec what is plain, and the rest by the standard library."""
+    if all(type(value) in _PLAIN for value in line.values()):
+        with suppress(UnicodeEncodeError):  # half a surrogate pair
+            text = _encode(line)
+            if text.isascii():
+                return text.decode()
+    return json.dumps(line, default=default, separators=(",", ":"))
 
 
 def formatter(kind: str) -> logging.Formatter:

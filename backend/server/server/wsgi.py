@@ -8,7 +8,7 @@ import django
 from django.conf import settings
 from django.core.cache import close_caches
 from django.core.signals import request_finished, request_started
-from django.db import close_old_connections, reset_queries
+from django.db import reset_queries
 
 from server.handler import Handler
 
@@ -39,11 +39,9 @@ def fill_registry() -> None:
 
 fill_registry()
 
-# What Django looks after at each request, and nothing here keeps: a list of queries and connections to caches. A
-# connection to the database that has become too old is closed at the end of a request; once is enough.
+# What Django looks after at each request, and nothing here keeps: a list of queries, and connections to caches.
 if not settings.DEBUG:
     request_started.disconnect(reset_queries)
-request_started.disconnect(close_old_connections)
 request_finished.disconnect(close_caches)
 
 # What is loaded now stays. A full collection looked at all of it, for 150 ms in the middle of somebody's request; now

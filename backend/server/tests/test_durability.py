@@ -152,6 +152,33 @@ def test_a_database_that_dropped_its_connections_costs_no_client_an_error(postgr
         assert ask_often() == {200}
 
 
+def test_a_connection_that_became_too_old_while_nobody_asked_is_not_used_again(postgresql_url, trained, tmp_path):
+    url = postgresql.new_database(postgresql_url)
+    env = processes.environment(url, trained, DEBUG="1", WEB_CONCURRENCY="1", WEB_THREADS="1", CONN_MAX_AGE="1")
+    processes.manage("migrate", env=env)
+    with (
+        processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server,
+        psycopg.connect(url, autocommit=True) as watching,
+    ):
+        server.headers = processes.token_header(env)
+
+        def ask() -> set[int]:
+            """The database's processes for the server after one more answer."""
+            path = "/api/v1/classifier/predict?status=production"
+            assert server.post(path, json={"Orders": 3}).status_code == 200
+            found = watching.execute(
+                "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            return {pid for (pid,) in found}
+
+        ask()
+        (first,) = ask()
+        time.sleep(1.5)
+        (second,) = ask()
+
+    assert first != second
+
+
 def test_a_table_that_changed_under_a_running_server_costs_no_client_an_error(postgresql_url, trained, tmp_path):
     url = postgresql.new_database(postgresql_url)
     env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="WARNING")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import structlog
 from django.core.files.uploadedfile import SimpleUploadedFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -229,6 +230,27 @@ def test_an_address_that_leads_nowhere_is_not_repeated(db, path):
 
     assert status == 404
     assert KEY not in log.getvalue()
+
+
+@given(
+    values=st.dictionaries(
+        st.sampled_from("abc"),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text()
+        | st.binary(),
+    )
+)
+def test_whatever_a_line_says_is_one_line_of_json_in_ascii(values):
+    with logged_as("json") as stream:
+        structlog.get_logger("here").info("an event", **values)
+
+    text = stream.getvalue()
+    assert text.isascii() and len(text.splitlines()) == 1
+    said = json.loads(text)
+    assert {name: said[name] for name in values} == json.loads(json.dumps(values, default=repr))
 
 
 # --- The stream of a real server --------------------------------------------------------------------------------------

@@ -178,6 +178,7 @@ def test_gunicorn_serves_too_by_its_own_file(env, tmp_path):
     gunicorn = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "server.wsgi"]
     with processes.running(env, tmp_path / "log", wait_for="/readyz", command=gunicorn) as server:
         assert server.post(PREDICT, data=BODY, headers={"Content-Type": "application/json"}).status_code == 200
+        assert server.get("/static/endpoints/favicon.svg").text.startswith("<svg")
         wait_for(lambda: f"Serving on {server.url}" in server.log.read_text())
 
     refused = subprocess.run(

@@ -2,64 +2,124 @@
 
 from __future__ import annotations
 
-import json
+import sqlite3
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from django.db import connection
 
-from apps.endpoints.turns import turn_to_write
+from apps.endpoints.turns import in_turn
 from tests import processes
 
 SCRIPT = """
-import json, os, signal, sys, time
-from apps.endpoints.turns import turn_to_write
+import os, signal, sys, time
+from apps.endpoints.turns import in_turn
 
-def child(seconds, end):
+def say():
+    with open(PATH, "a") as moments:
+        moments.write(f"{time.monotonic()} ")
+
+def child(seconds, end="over"):
     pid = os.fork()
     if pid:
         return pid
-    with turn_to_write():
-        moments.write(f"{time.monotonic()} ")
-        moments.flush()
+    def write():
+        say()
         time.sleep(seconds)
         if end == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        moments.write(f"{time.monotonic()}\\n")
-        moments.flush()
+        say()
+    in_turn(write)
     os._exit(0)
 
-with turn_to_write():  # so that each child is forked with a lock of its parent's
-    pass
-path = PATH
-moments = open(path, "a")
-first = child(0.3, FIRST)
-time.sleep(0.1)
-second = child(0.1, "over")
+in_turn(lambda: None)  # so that each child is forked with a lock of its parent's
+first = child(LASTS, END)
+time.sleep(0.2)
+second = child(0.1)
 for pid in (first, second):
     os.waitpid(pid, 0)
-sys.stdout.write(json.dumps(open(path).read().split()))
 """
+
+PREDICT = "/api/v1/classifier/predict?status=production"
+
+
+@pytest.fixture
+def database(tmp_path):
+    return tmp_path / "d.sqlite3"
+
+
+@pytest.fixture
+def env(database, trained):
+    env = processes.environment(f"sqlite:///{database}", trained, DEBUG="1", LOG_LEVEL="WARNING")
+    processes.manage("migrate", env=env)
+    return env
+
+
+def moments_of(env, tmp_path, lasts, end="over"):
+    """When the first process began and, if it did, ended its turn, and the second one."""
+    path = tmp_path / "moments"
+    script = SCRIPT.replace("PATH", repr(str(path))).replace("LASTS", str(lasts)).replace("END", repr(end))
+    processes.manage("shell", "--no-imports", "-c", script, env=env)
+    return [float(word) for word in path.read_text().split()]
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("end", ["over", "killed"])
-def test_the_next_process_writes_when_the_one_before_is_done_or_dead(tmp_path, trained, end):
-    env = processes.environment(f"sqlite:///{tmp_path / 'd.sqlite3'}", trained)
-    processes.manage("migrate", env=env)
-    script = SCRIPT.replace("PATH", repr(str(tmp_path / "moments"))).replace("FIRST", repr(end))
+def test_the_next_process_writes_when_the_one_before_is_done(env, tmp_path):
+    began, ended, next_began, next_ended = moments_of(env, tmp_path, lasts=0.5)
 
-    moments = [
-        float(word) for word in json.loads(processes.manage("shell", "--no-imports", "-c", script, env=env).stdout)
-    ]
+    assert began < ended <= next_began < next_ended
 
-    assert len(moments) == (4 if end == "over" else 3)
-    assert 0.25 < moments[-2] - moments[0] < 5
-    assert moments == sorted(moments)
+
+@pytest.mark.whole
+def test_or_when_it_was_killed(env, tmp_path):
+    began, next_began, next_ended = moments_of(env, tmp_path, lasts=0.5, end="killed")
+
+    assert 0.4 < next_began - began < 5
+    assert next_began < next_ended
+
+
+@pytest.mark.whole
+def test_who_has_waited_long_writes_all_the_same(env, tmp_path):
+    began, ended, next_began, next_ended = moments_of(env, tmp_path, lasts=1.5)
+
+    assert began < ended <= next_began < next_ended
+
+
+@pytest.mark.whole
+def test_while_another_program_holds_the_file_nobody_waits_for_two_others(env, database, tmp_path):
+    env = {**env, "WEB_CONCURRENCY": "4", "WEB_THREADS": "1", "DATABASE_URL": f"{env['DATABASE_URL']}?timeout=2"}
+    with processes.running(env, tmp_path / "log", wait_for="/readyz") as server, ThreadPoolExecutor(12) as pool:
+        server.headers = processes.token_header(env)
+        ask = lambda _=None: server.post(PREDICT, json={"Orders": 3}).status_code  # noqa: E731
+        assert set(pool.map(ask, range(24))) == {200}
+
+        holder = sqlite3.connect(database, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        answers = list(pool.map(ask, range(4)))
+        took = time.monotonic() - began
+        holder.execute("ROLLBACK")
+
+        assert set(answers) == {503}
+        assert took < 7  # and not each of four after the other
+        assert set(pool.map(ask, range(24))) == {200}
+
+
+@pytest.mark.whole
+def test_the_lock_belongs_to_whom_the_database_belongs(env, database, tmp_path):
+    database.chmod(0o640)
+    moments_of(env, tmp_path, lasts=0)
+
+    lock = Path(f"{database}-turn").stat()
+    assert stat.S_IMODE(lock.st_mode) == 0o640
+    assert (lock.st_uid, lock.st_gid) == (database.stat().st_uid, database.stat().st_gid)
 
 
 def test_without_a_file_there_is_nothing_to_wait_for(db):
     if connection.vendor == "sqlite":
         assert "memory" in str(connection.settings_dict["NAME"])
 
-    with turn_to_write(), turn_to_write():
-        pass
+    assert in_turn(lambda: in_turn(lambda: 5)) == 5

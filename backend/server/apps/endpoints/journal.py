@@ -18,8 +18,8 @@ from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connec
 from apps.endpoints.json_text import dumps
 from apps.endpoints.models import MLRequest
 from apps.endpoints.premise import HOLDS, Premise
-from apps.endpoints.sql import Statement
-from apps.endpoints.turns import turn_to_write
+from apps.endpoints.sql import Statement, was_dropped
+from apps.endpoints.turns import in_turn
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
 SHARED_ROWS = 100
@@ -81,6 +81,11 @@ class Journal:
             return insert(requests)
         return self._settled(_Entry(_prepared(requests), are_conditional=False))
 
+    def can_record_if(self) -> bool:
+        """Whether this thread's connection is one on which `record_if` works, and open as far as can be seen."""
+        database = connections[DEFAULT_DB_ALIAS]
+        return database.vendor == "sqlite" or (database.vendor == "postgresql" and not was_dropped(database))
+
     def record_if(self, premise: Premise, request: NewRequest) -> int | None:
         """The id of the request once it is committed; None, and nothing recorded, if the premise does not hold.
 
@@ -125,8 +130,7 @@ class Journal:
             with self._mutex:
                 group, self._waiting = self._waiting, []
             if group:
-                with turn_to_write():
-                    _settle(group)
+                _settle(group)
         finally:
             with self._mutex:
                 next_one = self._waiting[0] if self._waiting else None
@@ -142,7 +146,7 @@ class Journal:
 
 def _settle(group: list[_Entry]) -> None:
     try:
-        ids_of_entries = _insert_entries(group)
+        ids_of_entries = in_turn(lambda: _insert_entries(group))
     except (OperationalError, InterfaceError) as error:  # the database's trouble, and so everybody's
         for entry in group:
             entry.error = type(error)(*error.args)
@@ -172,11 +176,6 @@ def _insert_entries(group: list[_Entry]) -> list[tuple[_Entry, list[int | None]]
 
 
 journal = Journal()
-
-
-@cache
-def can_record_if() -> bool:
-    return connection.vendor in ("sqlite", "postgresql")
 
 
 def insert(requests: Sequence[NewRequest]) -> list[int]:

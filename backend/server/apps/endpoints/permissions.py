@@ -50,6 +50,9 @@ class _Known:
     def __contains__(self, digest: str) -> bool:
         return digest in self._digests
 
+    def discard(self, digest: str) -> None:
+        self._digests.discard(digest)
+
     def add(self, digest: str) -> None:
         if len(self._digests) >= self.MOST:
             self._digests.clear()
@@ -84,6 +87,7 @@ class TokenAuthentication(knox.auth.TokenAuthentication):
     def authenticate_credentials(self, token: bytes) -> tuple[Any, None]:
         digest = hash_token(token.decode("latin-1"))
         found = _token.first(digest)
+        _known.discard(digest)
         if found is None:
             raise AuthenticationFailed("This token is not known.")
         expiry, *user = found

@@ -8,17 +8,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from django.conf import settings
-from django.db import DatabaseError
 
 from apps.endpoints import abtests
-from apps.endpoints.journal import NewRequest, can_record_if, journal
+from apps.endpoints.journal import NewRequest, journal
 from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, Status
 from apps.endpoints.premise import Premise
 from apps.ml.artifacts import HOW_TO_TRAIN, ArtifactError
 from apps.ml.classifier.base import RetentionClassifier
-from apps.ml.registry import registry
+from apps.ml.registry import Served, registry
 from apps.ml.schema import InputError, Problem, Schema
 
 _STATUSES = frozenset(Status.values)
@@ -180,22 +180,33 @@ def predict_from_memory(
     """The answer by what this process knows of the token and the endpoint, if the database confirms both.
 
     It does so in the statement that records the answer: one statement in place of three. None, and nothing recorded,
-    when something has changed, is not known, or fails in any way: then `predict`, after a look at the token, decides.
+    when something has changed, is not known or is wrong: then `predict`, after a look at the token, decides. Raises
+    django.db.Error when the database fails; the answer may be recorded then, and must not be tried again.
     """
     served = registry.known(endpoint_name)
-    if served is None or served.newest_step is None or not can_record_if():
+    if served is None or served.newest_step is None or not journal.can_record_if():
         return None
-    premise = Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step)
-    with suppress(PredictionError, InputError, DatabaseError):
-        choice = served.choices.get(wanted)
-        if choice is None:
-            choice = served.choices[wanted] = _choose(served.statuses, wanted)
-        choice = _without_a_broken_arm(choice)
+    try:
+        choice = _without_a_broken_arm(_remembered_choice(served, wanted))
         algorithm = abtests.choose_arm(choice.algorithms) if len(choice.algorithms) > 1 else choice.algorithms[0]
         (request,) = _scored(algorithm, [customer], choice.test_id, now)
-        pk = journal.record_if(premise, request)
-        return None if pk is None else _answer(pk, request, algorithm)
-    return None
+    except (PredictionError, InputError):
+        return None
+    premise = Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step)
+    pk = journal.record_if(premise, request)
+    return None if pk is None else _answer(pk, request, algorithm)
+
+
+# What came of callers' wishes, for as long as the registry knows what is served.
+_choices: WeakKeyDictionary[Served, dict[Wanted, Choice]] = WeakKeyDictionary()
+
+
+def _remembered_choice(served: Served, wanted: Wanted) -> Choice:
+    choices = _choices.setdefault(served, {})
+    choice = choices.get(wanted)
+    if choice is None:
+        choice = choices[wanted] = _choose(served.statuses, wanted)
+    return choice
 
 
 def classifier_of(algorithm: MLAlgorithm) -> RetentionClassifier:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# In the statement that records the answer, and so at the moment of its commit. The parameters are those of `values`.
+# Part of the statement that records the answer, which runs after the request came: nothing that was acknowledged
+# before can be missed. The parameters are those of `values`.
 HOLDS = """
     EXISTS (
         SELECT 1 FROM knox_authtoken JOIN auth_user ON auth_user.id = knox_authtoken.user_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import methodcaller
@@ -59,6 +60,20 @@ class Statement:
         with Cursor(database.connection) as cursor:
             cursor.execute(self._sql, parameters, prepare=True)
             return read(cursor)
+
+
+def was_dropped(database: BaseDatabaseWrapper) -> bool:
+    """Whether PostgreSQL has ended a connection since it was used last. (Or has sent something else meanwhile.)
+
+    To be asked before a statement that must not be tried twice: it costs a look at the socket, and no answer.
+    """
+    if database.connection is None:
+        return False
+    if database.connection.closed:
+        return True
+    socket = select.poll()
+    socket.register(database.connection.fileno(), select.POLLIN)
+    return bool(socket.poll(0))
 
 
 _fetched = methodcaller("fetchone")

@@ -1,17 +1,19 @@
 """Processes that write into one SQLite file take turns.
 
 SQLite lets a writer who finds the file locked sleep for a millisecond or longer and try again, while a row takes a
-tenth of that. Here the next one is woken as soon as the file is free. SQLite's own lock still guards the file, from
-those too who know nothing of this one.
+tenth of that. Here the next one is woken as soon as the file is free.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from types import TracebackType
+from typing import TypeVar
 
 from django.db import connection
 
@@ -20,32 +22,56 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+logger = logging.getLogger(__name__)
 
-class _Turn(AbstractContextManager):
-    """A lock between processes. Threads of one process must not use it at the same time."""
+# Seconds; a turn takes a thousandth of it.
+LONG = 1.0
 
-    def __init__(self, path: Path):
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+T = TypeVar("T")
 
-    def __enter__(self) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)
+def in_turn(write: Callable[[], T]) -> T:
+    """What `write`, a transaction, returns; no other process is in its own turn meanwhile.
+
+    Others, who know nothing of turns, may hold the file, and whose turn it is waits for them as SQLite does. Whoever
+    has waited long for a turn goes on without one, so that nobody's patience adds to another's. Threads of one process
+    must not call this at the same time.
+    """
+    lock = _lock()
+    if lock is None:
+        return write()
+    began = time.monotonic()
+    try:
+        _change(lock, fcntl.LOCK_EX)
+        if time.monotonic() - began < LONG:
+            return write()
+    finally:
+        _change(lock, fcntl.LOCK_UN)
+    return write()
+
+
+def _change(lock: int, to: int) -> None:
+    with suppress(OSError):  # of a file system without locks: SQLite has its own
+        fcntl.flock(lock, to)
 
 
 @cache
-def turn_to_write() -> AbstractContextManager:
-    """Within it no other process is in its own, if the database is a file of SQLite; else nothing."""
+def _lock() -> int | None:
+    """The open file that is locked, beside the database; None for a database in memory, and where there can be none."""
     path = Path(connection.settings_dict["NAME"])
-    if fcntl and connection.vendor == "sqlite" and path.is_file():  # and not in memory
-        with suppress(OSError):  # SQLite, which needs a file there too, says what is wrong
-            return _Turn(path.with_name(f"{path.name}-turn"))
-    return nullcontext()
+    if fcntl is None or connection.vendor != "sqlite" or not path.is_file():
+        return None
+    try:
+        like = path.stat()
+        lock = os.open(path.with_name(f"{path.name}-turn"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, like.st_mode & 0o777)
+        if os.geteuid() == 0:  # as SQLite does it, so that the server's own user may open it too
+            os.fchown(lock, like.st_uid, like.st_gid)
+    except OSError as error:
+        logger.warning("Processes cannot take turns at %s, and are slower for it: %s", path, error)
+        return None
+    return lock
 
 
 # A lock that a process is forked with would be one with its parent's.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=turn_to_write.cache_clear)
+    os.register_at_fork(after_in_child=_lock.cache_clear)

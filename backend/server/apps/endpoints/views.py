@@ -7,6 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from django.conf import settings
+from django.core.exceptions import SuspiciousOperation
+from django.db import DatabaseError, InterfaceError
 from django.http import Http404, HttpRequest, HttpResponse, QueryDict
 from django.utils import timezone
 from drf_spectacular.utils import (
@@ -18,7 +20,7 @@ from drf_spectacular.utils import (
     extend_schema_view,
 )
 from rest_framework import mixins, viewsets
-from rest_framework.exceptions import ParseError, UnsupportedMediaType, ValidationError
+from rest_framework.exceptions import APIException, ParseError, UnsupportedMediaType
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -88,19 +90,21 @@ def _json(body: Any, headers: Mapping[str, str] | None = None) -> HttpResponse:
     return HttpResponse(json_text.dumps(body).encode(), content_type="application/json", headers=headers)
 
 
+def _announced_bytes(request: HttpRequest | Request) -> int:
+    try:
+        return int(request.META.get("CONTENT_LENGTH") or 0)
+    except ValueError:
+        raise ParseError("The header Content-Length is no number.") from None
+
+
 class Api:
     """What all views share: a body of known and bounded size, and JSON whatever the Accept header says."""
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
-        headers = request.META
-        if "HTTP_TRANSFER_ENCODING" in headers:
+        if "HTTP_TRANSFER_ENCODING" in request.META:
             raise LengthRequired
-        try:
-            announced = int(headers.get("CONTENT_LENGTH") or 0)
-        except ValueError:
-            raise ParseError("The header Content-Length is no number.") from None
-        limit = self.max_bytes()
+        announced, limit = _announced_bytes(request), self.max_bytes()
         if announced > limit:
             raise PayloadTooLarge(f"The body has {announced:,} bytes; the limit is {limit:,}. Send it in parts.")
 
@@ -193,7 +197,17 @@ class PredictView(Api, APIView):
     """Will this customer stay? One object in, one answer out; a list in, a list out, in its order."""
 
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
-        return self._at_once(request, **kwargs) or super().dispatch(request, *args, **kwargs)
+        self._failure: DatabaseError | InterfaceError | None = None
+        try:
+            answer = self._at_once(request, **kwargs)
+        except (DatabaseError, InterfaceError) as error:
+            answer, self._failure = None, error
+        return answer or super().dispatch(request, *args, **kwargs)
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super().initial(request, *args, **kwargs)
+        if self._failure:  # told as any other, and not tried again: the answer may have been recorded
+            raise self._failure
 
     def _at_once(self, request: HttpRequest, endpoint_name: str) -> HttpResponse | None:
         """The answer to one customer in JSON from a caller who is known; None to whatever else, and to any doubt.
@@ -215,7 +229,7 @@ class PredictView(Api, APIView):
         if token_digest is None:
             return None
         try:
-            announced = int(headers.get("CONTENT_LENGTH") or 0)
+            announced = _announced_bytes(request)
             if announced > self.max_bytes():
                 return None
             body = request.body
@@ -223,7 +237,7 @@ class PredictView(Api, APIView):
                 return None
             customer = json_text.loads(body)
             wanted = _wanted(headers.get("QUERY_STRING", ""))
-        except (ValueError, RecursionError, ValidationError):
+        except (ValueError, RecursionError, APIException, SuspiciousOperation):
             return None
         answer = prediction.predict_from_memory(endpoint_name, customer, wanted, token_digest, now=timezone.now())
         return answer and _json(answer.as_json(), {"Allow": "POST, OPTIONS"})

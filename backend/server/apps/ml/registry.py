@@ -10,9 +10,8 @@ import inspect
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from django.conf import settings
 from django.db.models import F, FilteredRelation, OuterRef, Q, Subquery
@@ -49,7 +48,7 @@ _newest_step = Prepared(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Served:
     """What an endpoint served after a step in the life of its algorithms."""
 
@@ -57,7 +56,6 @@ class Served:
     newest_step: int | None
     statuses: Sequence[MLAlgorithmStatus]
     algorithm_ids: frozenset[int]
-    choices: dict[Any, Any] = field(default_factory=dict)  # what prediction makes of callers' wishes
 
 
 class MLRegistry:

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 from django.contrib.auth.models import User
-from django.db import OperationalError, connection
+from django.db import InterfaceError, OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from hypothesis import HealthCheck, given
@@ -110,7 +110,7 @@ def test_a_retired_algorithm_answers_no_more(known, customer, algorithms):
 
 def test_a_test_that_starts_and_stops_gets_the_requests_between(known, customer, algorithms):
     test = abtests.start("a test", algorithms["random_forest"], algorithms["extra_trees"], by="ann", now=timezone.now())
-    during = [known.post(PREDICT, customer).json()["request_id"] for _ in range(12)]
+    during = [known.post(PREDICT, customer).json()["request_id"] for _ in range(40)]
     abtests.stop(ABTest.objects.get(), by="ann", now=timezone.now())
     after = known.post(PREDICT, customer).json()["request_id"]
 
@@ -149,6 +149,9 @@ def test_who_may_not_call_any_more_is_refused_and_nothing_is_recorded(known, cus
     assert known.post(PREDICT, customer).status_code == 401
     assert known.post(PREDICT, {"Orders": "many"}).status_code == 401  # and learns nothing of what is wrong
     assert not MLRequest.objects.exists()
+
+    response, (statement,) = statements(known, PREDICT, customer)
+    assert (response.status_code, statement.split()[0]) == (401, "SELECT")  # it is a stranger's token again
 
 
 def test_a_token_that_expires_later_still_counts(known, customer):
@@ -236,14 +239,43 @@ def test_a_permission_that_is_added_is_asked(known, customer, monkeypatch):
     assert known.post(PREDICT, customer).status_code == 403
 
 
-def test_a_statement_that_fails_is_tried_again_the_long_way(known, customer, monkeypatch):
-    def broken(*args):
-        raise OperationalError("the connection is gone")
+@pytest.mark.parametrize("error", [OperationalError, InterfaceError])
+def test_an_answer_whose_commit_is_in_doubt_is_not_recorded_twice(known, customer, monkeypatch, error):
+    record_if = journal.Journal.record_if
 
-    monkeypatch.setattr(journal.Journal, "record_if", broken)
+    def lost(*args):
+        record_if(*args)
+        raise error("the connection broke before it said so")
 
-    assert known.post(PREDICT, customer).status_code == 200
+    monkeypatch.setattr(journal.Journal, "record_if", lost)
+    response = known.post(PREDICT, customer)
+
+    assert response.status_code == 503
+    assert response.json()["message"] == "The database does not answer; try again."
     assert MLRequest.objects.count() == 1
+
+
+def test_a_call_that_failed_is_answered_to_whom_it_may_be(known, customer, user, monkeypatch):
+    def lost(*args):
+        forget_token(user)
+        raise OperationalError("the connection broke")
+
+    monkeypatch.setattr(journal.Journal, "record_if", lost)
+
+    assert known.post(PREDICT, customer).status_code == 401
+
+
+def test_too_many_fields_of_a_query_are_told_after_the_token_was_looked_at(known, customer, user):
+    _, token = AuthToken.objects.create(user)
+    stranger = APIClient(headers={"Authorization": f"Token {token}"})
+    path = f"{PREDICT}&" + "&".join(f"f{number}=1" for number in range(1001))
+
+    told, told_stranger = (client.post(path, customer) for client in (known, stranger))
+    forget_token(user)
+
+    assert told.status_code == 400
+    assert (told.json(), dict(told.items())) == (told_stranger.json(), dict(told_stranger.items()))
+    assert known.post(path, customer).status_code == 401
 
 
 def test_what_this_process_remembers_of_tokens_is_bounded(monkeypatch):
