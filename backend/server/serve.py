@@ -157,6 +157,7 @@ def end_when_told(listener: int | None) -> None:
         # granian closes connections of which it has read nothing yet. So it gets another socket in place of its own, to
         # which nobody connects, and the time to read what it has taken.
         with socket.socket() as nobody:
+            nobody.setblocking(False)  # granian may be about to accept, and would wait for nobody for ever
             nobody.bind(("127.0.0.1", 0))
             nobody.listen()
             os.dup2(nobody.fileno(), listener, inheritable=False)

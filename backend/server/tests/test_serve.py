@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -87,6 +87,12 @@ def listens(pid: int) -> bool:
     return any(
         state == "0A" and f"socket:[{inode}]" in sockets for _, _, _, state, *_, inode in (r[:10] for r in table)
     )
+
+
+def wait_until_all_answer(server: Server, workers: Sequence[int]) -> None:
+    """One may listen before it has loaded; a connection that it gets waits until then."""
+    wait_for(lambda: all(map(listens, workers)))
+    assert {server.get("/livez").status_code for _ in range(40)} == {200}
 
 
 def is_running(pid: int) -> bool:
@@ -197,8 +203,7 @@ def test_who_is_killed_again_and_again_is_replaced_each_time_and_a_client_at_mos
     new = started.workers()
     assert len(new) == 2
     assert started.get("/readyz").status_code == 200
-    wait_for(lambda: all(map(listens, new)))
-    assert {started.get("/livez").status_code for _ in range(40)} == {200}
+    wait_until_all_answer(started, new)
     assert started.log.read_text().count("Serving on") == 1
 
 
@@ -242,6 +247,41 @@ def test_ctrl_c_does_not_wait_for_a_client_that_is_slow_to_send_or_to_read(start
     assert "Traceback" not in log and "error" not in log
 
 
+TOLD = """
+import os, signal, socket, sys, threading
+
+import serve
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+signal.signal(signal.SIGTERM, lambda *_: None)
+listener = socket.create_server(("127.0.0.1", 0))
+listener.setblocking(False)
+told = threading.Thread(target=serve.end_when_told, args=[listener.fileno()])
+told.start()
+os.kill(os.getpid(), signal.SIGTERM)
+told.join()
+try:
+    # As granian does it, which asks the kernel and not Python's object what kind of socket it is.
+    socket.socket(fileno=os.dup(listener.fileno())).accept()
+except BlockingIOError:
+    sys.stdout.write("nobody came")
+"""
+
+
+def test_who_was_told_to_end_and_is_about_to_accept_waits_for_nobody(env):
+    said = subprocess.run(
+        [sys.executable, "-c", TOLD],
+        cwd=BACKEND,
+        env={**env, "DJANGO_SETTINGS_MODULE": "server.settings"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+
+    assert said.stdout == "nobody came"
+
+
 def test_sigterm_for_all_processes_answers_every_request_that_was_accepted_also_a_slow_one(started):
     unanswered: list[bytes] = []
     answered = 0
@@ -262,6 +302,8 @@ def test_sigterm_for_all_processes_answers_every_request_that_was_accepted_also_
                 unanswered.append(answer)
             answered += 1
 
+    # One that has not loaded has accepted nothing, and its clients are refused.
+    wait_until_all_answer(started, started.workers())
     with upload(started) as slow, ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(ask, number) for number in range(8)]
         wait_for(lambda: answered > 100)

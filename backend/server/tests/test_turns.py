@@ -118,6 +118,19 @@ def test_the_lock_belongs_to_whom_the_database_belongs(env, database, tmp_path):
     assert (lock.st_uid, lock.st_gid) == (database.stat().st_uid, database.stat().st_gid)
 
 
+@pytest.mark.whole
+def test_where_there_are_no_locks_everybody_writes_all_the_same(env, tmp_path):
+    script = (
+        "import fcntl, sys\n"
+        "def refuse(*args): raise OSError('No locks available')\n"
+        "fcntl.flock = refuse\n"
+        "from apps.endpoints.turns import in_turn\n"
+        "sys.stdout.write(in_turn(lambda: 'written'))"
+    )
+
+    assert processes.manage("shell", "--no-imports", "-c", script, env=env).stdout == "written"
+
+
 def test_without_a_file_there_is_nothing_to_wait_for(db):
     if connection.vendor == "sqlite":
         assert "memory" in str(connection.settings_dict["NAME"])

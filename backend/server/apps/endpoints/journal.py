@@ -188,7 +188,7 @@ def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
     if len(rows) == 1:  # a statement by itself is one
         return _insert_one_by_one(rows, are_conditional)
     are_many = len(rows) > SHARED_ROWS and not are_conditional
-    with transaction.atomic(savepoint=False):
+    with transaction.atomic():
         if connection.vendor == "postgresql":
             return _copy_with_ids_drawn_first(rows) if are_many else _insert_in_a_pipeline(rows, are_conditional)
         if are_many and connection.vendor == "sqlite":

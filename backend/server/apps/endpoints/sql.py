@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import select
+import selectors
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import methodcaller
@@ -17,6 +17,9 @@ _PLACEHOLDER = "\x00the value asked for"
 
 # Whose errors Django's cursor passes on as they are.
 _DRIVERS = {"sqlite", "postgresql"}
+
+# For one look at one socket: without the descriptor of its own that the default has, or on Windows the default.
+_Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
 
 
 class Statement:
@@ -71,9 +74,9 @@ def was_dropped(database: BaseDatabaseWrapper) -> bool:
         return False
     if database.connection.closed:
         return True
-    socket = select.poll()
-    socket.register(database.connection.fileno(), select.POLLIN)
-    return bool(socket.poll(0))
+    with _Selector() as socket:
+        socket.register(database.connection.fileno(), selectors.EVENT_READ)
+        return bool(socket.select(0))
 
 
 _fetched = methodcaller("fetchone")
