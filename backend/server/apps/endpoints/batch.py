@@ -5,53 +5,29 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from apps.endpoints import prediction
+from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile, Layout
+from apps.endpoints.models import MLAlgorithm
 from apps.endpoints.prediction import Answer, Wanted
 from apps.ml.schema import MISSING_IN_FILES, InputError, Schema
 
-DELIMITERS = ",;\t"
 ADDED_COLUMNS = ("probability", "label")
-LONGEST_HEADER = 100_000
-
-
-class BatchError(Exception):
-    """A file that cannot be scored as a whole; the message says why."""
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """What is wrong on one line of the file. The header is line 1."""
-
-    line: int
-    field: str | None
-    message: str
-
-
-class BadRows(BatchError):
-    """Lines that cannot be scored. Nothing was scored or logged."""
-
-    def __init__(self, problems: Sequence[BadLine]):
-        self.problems = list(problems)
-        super().__init__(f"{len(self.problems)} problems")
+CHUNK_ROWS = 10_000
+MOST_PROBLEMS = 1_000
 
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV as text.
+    """A CSV as text. lines: the line in the file at which each row begins."""
 
-    lines: the line in the file at which each row begins. mark: the byte order mark, or "".
-    """
-
-    header: list[str]
+    layout: Layout
     rows: list[list[str]]
     lines: list[int]
-    delimiter: str
-    mark: str
 
 
 @dataclass(frozen=True)
@@ -60,19 +36,30 @@ class Batch:
     answers: list[Answer]
 
     def as_csv(self) -> str:
-        """The upload, marked and separated as it was, with the columns probability and label at its end.
-
-        Those of an earlier answer are replaced. Cells are given back as they came, formulas included.
-        """
-        header = self.table.header
-        kept = len(header) - len(ADDED_COLUMNS) if tuple(header[-len(ADDED_COLUMNS) :]) == ADDED_COLUMNS else None
+        """The upload with the columns probability and label at its end."""
         buffer = io.StringIO(newline="")
-        buffer.write(self.table.mark)
-        writer = csv.writer(buffer, delimiter=self.table.delimiter)
-        writer.writerow([*header[:kept], *ADDED_COLUMNS])
-        for row, answer in zip(self.table.rows, self.answers, strict=True):
-            writer.writerow([*row[:kept], answer.probability, answer.label])
+        answered = AnsweredCsv(buffer, self.table.layout)
+        answered.write(self.table.rows, ((answer.probability, answer.label) for answer in self.answers))
         return buffer.getvalue()
+
+
+class AnsweredCsv:
+    """Writes a CSV back, marked and separated as it was, with the columns probability and label at its end.
+
+    Those of an earlier answer are replaced. Cells are given back as they came, formulas included.
+    """
+
+    def __init__(self, output: TextIO, layout: Layout):
+        header = layout.header
+        was_answered = tuple(header[-len(ADDED_COLUMNS) :]) == ADDED_COLUMNS
+        self._kept = len(header) - len(ADDED_COLUMNS) if was_answered else None
+        output.write(layout.mark)
+        self._writer = csv.writer(output, delimiter=layout.delimiter)
+        self.write([header], [ADDED_COLUMNS])
+
+    def write(self, rows: Sequence[list[str]], answers: Iterable[Sequence[Any]]) -> None:
+        kept = self._kept
+        self._writer.writerows([*row[:kept], *answer] for row, answer in zip(rows, answers, strict=True))
 
 
 def predict_file(file: BinaryIO, endpoint_name: str, wanted: Wanted, *, now: datetime) -> Batch:
@@ -84,69 +71,71 @@ def predict_file(file: BinaryIO, endpoint_name: str, wanted: Wanted, *, now: dat
     (algorithm,) = choice.algorithms
     schema = prediction.classifier_of(algorithm).schema
     table = read_csv(file)
-    _check_columns(table.header, schema)
-    read = {*schema.names, schema.identifier}
-    cells = [{name: cell for name, cell in zip(table.header, row, strict=True) if name in read} for row in table.rows]
+    _check_columns(table.layout.header, schema)
     try:
-        answers = prediction.score(choice, schema.parse_text(cells, MISSING_IN_FILES), now=now)
+        answers = prediction.score(choice, _typed_rows(table.layout.header, table.rows, schema), now=now)
     except InputError as error:
         raise BadRows([BadLine(table.lines[p.row], p.field, p.message) for p in error.problems]) from None
     return Batch(table, answers)
 
 
-def read_csv(file: BinaryIO) -> Table:
-    """A CSV in UTF-8, separated by comma, semicolon or tab. Raises BatchError, BadRows.
+def score_file(
+    file: BinaryIO,
+    output: TextIO,
+    endpoint_name: str,
+    wanted: Wanted,
+    *,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> tuple[MLAlgorithm, int]:
+    """Score every row of a CSV by one algorithm into another CSV and record nothing, in memory that does not grow.
 
-    Blank lines are passed over, as pandas does; in a file of one column, a missing value is written "".
+    `progress` is told of each further number of rows. Returns the algorithm and the number of rows. What is in
+    `output` is of use only then. Raises BatchError, BadRows (of at least the first problems), PredictionError.
     """
-    text = _decode(file.read())
-    mark = "\ufeff" if text.startswith("\ufeff") else ""
-    text = text.removeprefix(mark)
-    delimiter = _delimiter(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    rows, lines, problems = [], [], []
-    line = 1
-    try:
-        for row in reader:
-            if not row or (len(row) == 1 and row[0].isspace()):
-                pass
-            elif not header:
-                header = [name.strip() for name in row]
-            elif len(row) != len(header):
-                problems.append(BadLine(line, None, f"has {len(row)} fields where the header has {len(header)}"))
-            else:
-                rows.append(row)
-                lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise BadRows([BadLine(line, None, f"is no valid CSV: {error}")]) from None
+    (algorithm,) = prediction.choose(endpoint_name, wanted, in_test=False).algorithms
+    classifier = prediction.classifier_of(algorithm)
+    source = CsvFile(file)
+    header = source.layout.header
+    _check_columns(header, classifier.schema)
+    answered = AnsweredCsv(output, source.layout)
+    problems: list[BadLine] = []
+    scored = 0
+    for chunk in source.chunks(CHUNK_ROWS):
+        problems += chunk.problems
+        try:
+            aligned = classifier.preprocessing(_typed_rows(header, chunk.rows, classifier.schema))
+        except InputError as error:
+            problems += [BadLine(chunk.lines[p.row], p.field, p.message) for p in error.problems]
+        if len(problems) >= MOST_PROBLEMS:
+            break
+        if not problems:
+            results = [classifier.postprocessing(row) for row in classifier.predict(aligned)]
+            answered.write(chunk.rows, ((result["probability"], result["label"]) for result in results))
+            scored += len(chunk.rows)
+        progress(len(chunk.rows))
     if problems:
-        raise BadRows(problems)
-    if not header:
-        raise BatchError("The file is empty; the first line must name the columns.")
-    if not rows:
-        raise BatchError("The file has a header only; add a line for each customer.")
-    return Table(header, rows, lines, delimiter, mark)
+        raise BadRows(sorted(problems, key=lambda problem: problem.line))
+    return algorithm, scored
 
 
-def _decode(data: bytes) -> str:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = len(data[: error.start + 1].splitlines())
-        message = f"holds a byte that is not UTF-8 (0x{data[error.start]:02x}); save the file as UTF-8"
-        raise BadRows([BadLine(line, None, message)]) from None
-    if "\x00" in text:
-        line = len(data[: data.index(b"\x00") + 1].splitlines())
-        raise BadRows([BadLine(line, None, "holds a NUL character")])
-    return text
+def read_csv(file: BinaryIO) -> Table:
+    """All of a CSV. Raises BatchError, BadRows."""
+    source = CsvFile(file)
+    whole = Chunk([], [], [])
+    for chunk in source.chunks(CHUNK_ROWS):
+        whole.rows.extend(chunk.rows)
+        whole.lines.extend(chunk.lines)
+        whole.problems.extend(chunk.problems)
+    if whole.problems:
+        raise BadRows(whole.problems)
+    return Table(source.layout, whole.rows, whole.lines)
 
 
-def _delimiter(text: str) -> str:
-    """The one that splits the first line into the most fields."""
-    first_line = text.lstrip("\r\n")[:LONGEST_HEADER].splitlines()[:1]
-    return max(DELIMITERS, key=lambda delimiter: len(next(csv.reader(first_line, delimiter=delimiter), [])))
+def _typed_rows(header: Sequence[str], rows: Sequence[Sequence[str]], schema: Schema) -> list[dict[str, Any]]:
+    """What the model reads of each row: its columns and the identifier. Raises InputError."""
+    read = [(position, name) for position, name in enumerate(header) if name in {*schema.names, schema.identifier}]
+    cells = [{name: row[position] for position, name in read} for row in rows]
+    return schema.parse_text(cells, MISSING_IN_FILES)
 
 
 def _check_columns(header: Sequence[str], schema: Schema) -> None:

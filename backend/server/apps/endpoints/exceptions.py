@@ -17,8 +17,9 @@ from rest_framework import exceptions, status
 from rest_framework.response import Response
 from rest_framework.views import exception_handler as drf_exception_handler
 
-from apps.endpoints import batch, prediction
+from apps.endpoints import prediction
 from apps.endpoints.abtests import ABTestError
+from apps.endpoints.csv_file import BadRows, BatchError
 from apps.endpoints.feedback import UnknownOutcome
 from apps.endpoints.lifecycle import LifecycleError, TestRunning
 from apps.ml.schema import InputError
@@ -32,7 +33,7 @@ HTTP_STATUS: list[tuple[type[Exception], int]] = [
     (prediction.UnknownEndpoint, status.HTTP_404_NOT_FOUND),
     (prediction.Unavailable, status.HTTP_503_SERVICE_UNAVAILABLE),
     (prediction.PredictionError, status.HTTP_400_BAD_REQUEST),
-    (batch.BatchError, status.HTTP_400_BAD_REQUEST),
+    (BatchError, status.HTTP_400_BAD_REQUEST),
     (TestRunning, status.HTTP_409_CONFLICT),
     (LifecycleError, status.HTTP_400_BAD_REQUEST),
     (ABTestError, status.HTTP_400_BAD_REQUEST),
@@ -56,7 +57,7 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     if isinstance(error, InputError):
         problems = [{"field": p.field, "row": p.row + 1, "message": p.message} for p in error.problems]
         return _answer(status.HTTP_400_BAD_REQUEST, *_summary(problems))
-    if isinstance(error, batch.BadRows):
+    if isinstance(error, BadRows):
         problems = [{"line": p.line, "field": p.field, "message": p.message} for p in error.problems]
         return _answer(status.HTTP_400_BAD_REQUEST, *_summary(problems))
     for kind, code in HTTP_STATUS:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps.endpoints import batch
+from apps.endpoints.csv_file import BatchError
 from apps.endpoints.models import MLRequest
 from apps.ml.registry import registry
 from conftest import make_customers
@@ -458,17 +459,17 @@ class TestReading:
 
         table = batch.read_csv(io.BytesIO(data))
 
-        assert table.header == ["a", "b", "c"]
+        assert table.layout.header == ["a", "b", "c"]
         assert table.rows == [list(row) for row in rows]
         assert table.lines == starts
-        assert table.delimiter == delimiter
+        assert table.layout.delimiter == delimiter
 
     @settings(max_examples=100, deadline=None)
     @given(data=st.binary(max_size=80) | st.text("abc,;\t\"'\r\n \x00", max_size=60).map(str.encode))
     def test_any_bytes_are_read_or_refused(self, data):
         try:
             table = batch.read_csv(io.BytesIO(data))
-        except batch.BatchError:
+        except BatchError:
             return
         assert len(table.rows) == len(table.lines) > 0
-        assert {len(row) for row in table.rows} == {len(table.header)}
+        assert {len(row) for row in table.rows} == {len(table.layout.header)}

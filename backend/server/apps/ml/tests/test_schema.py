@@ -734,7 +734,7 @@ def test_the_server_reads_a_file_as_training_read_it(tmp_path_factory, content):
         assume(False)
 
     uploaded = batch.read_csv(io.BytesIO(content.encode()))
-    cells = [dict(zip(uploaded.header, row, strict=True)) for row in uploaded.rows]
+    cells = [dict(zip(uploaded.layout.header, row, strict=True)) for row in uploaded.rows]
     served = table.schema.align(table.schema.parse_text(cells, MISSING_IN_FILES))
     features = table.frame[list(table.schema.names)]
 
@@ -754,7 +754,7 @@ def test_the_server_spells_customers_as_the_list_of_training_customers_does(tmp_
     run = train.train(table, directory=tmp_path / "artifacts", resamples=2, models={})
 
     uploaded = batch.read_csv(io.BytesIO(content.encode()))
-    cells = [dict(zip(uploaded.header, row, strict=True)) for row in uploaded.rows]
+    cells = [dict(zip(uploaded.layout.header, row, strict=True)) for row in uploaded.rows]
     served = [table.schema.customer_key(row) for row in table.schema.parse_text(cells, MISSING_IN_FILES)]
 
     assert run.training_customers == {served[row] for row in parts.train_rows}
