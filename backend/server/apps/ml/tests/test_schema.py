@@ -751,9 +751,9 @@ def test_the_server_reads_a_file_as_training_read_it(tmp_path_factory, content):
 def test_a_table_of_text_is_read_by_columns_as_row_by_row(cells):
     schema = Schema(
         (
-            Column("number", "numeric", 1.5),
-            Column("truth", "boolean", True),
-            Column("word", "categorical", "a", ("a", "b")),
+            Column("number", NUMERIC, 1.5),
+            Column("truth", BOOLEAN, True),
+            Column("word", CATEGORICAL, "a", ("a", "b")),
         ),
         Target("stays", "1", "0"),
     )

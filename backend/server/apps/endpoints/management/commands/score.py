@@ -100,6 +100,8 @@ def _replacing(path: Path, source: Path) -> Iterator[TextIO]:
         raise CommandError("OUTPUT is INPUT itself; name another file.")
     if path.exists() and not path.is_file():
         raise CommandError(f"{path} is no file that could be replaced; name another.")
+    if not path.parent.is_dir():
+        raise CommandError(f"There is no folder {path.parent}; create it, or name another file.")
     path = path.resolve()  # a link stays one
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
