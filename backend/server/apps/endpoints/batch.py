@@ -14,8 +14,9 @@ from apps.endpoints import prediction
 from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile, Layout
 from apps.endpoints.models import MLAlgorithm
 from apps.endpoints.prediction import Answer, Wanted
-from apps.ml.schema import MISSING_IN_FILES, InputError, Schema
+from apps.ml.schema import MISSING_IN_FILES, AlignedRows, InputError, Problem, Schema
 
+REQUEST_ID = "request_id"
 ADDED_COLUMNS = ("probability", "label")
 CHUNK_ROWS = 1_000  # ten times as many take twice as long to read
 MOST_PROBLEMS = 1_000
@@ -37,29 +38,99 @@ class Batch:
 
     def as_csv(self) -> str:
         """The upload with the columns probability and label at its end."""
-        buffer = io.StringIO(newline="")
-        answered = AnsweredCsv(buffer, self.table.layout)
-        answered.write(self.table.rows, ((answer.probability, answer.label) for answer in self.answers))
-        return buffer.getvalue()
+        answered = AnsweredCsv(self.table.layout)
+        answers = [(answer.probability, answer.label) for answer in self.answers]
+        return answered.header() + answered.body(self.table.rows, answers)
 
 
 class AnsweredCsv:
-    """Writes a CSV back, marked and separated as it was, with the columns probability and label at its end.
+    """Writes a CSV back, marked and separated as it was, with what was answered at its end.
 
-    Those of an earlier answer are replaced. Cells are given back as they came, formulas included.
+    The columns of an earlier answer are replaced. Cells are given back as they came, formulas included.
     """
 
-    def __init__(self, output: TextIO, layout: Layout):
-        header = layout.header
-        was_answered = tuple(header[-len(ADDED_COLUMNS) :]) == ADDED_COLUMNS
-        self._kept = len(header) - len(ADDED_COLUMNS) if was_answered else None
-        output.write(layout.mark)
-        self._writer = csv.writer(output, delimiter=layout.delimiter)
-        self.write([header], [ADDED_COLUMNS])
+    def __init__(self, layout: Layout, *, with_ids: bool = False):
+        self._layout = layout
+        self._added = (REQUEST_ID, *ADDED_COLUMNS) if with_ids else ADDED_COLUMNS
+        earlier = next(
+            (added for added in ((REQUEST_ID, *ADDED_COLUMNS), ADDED_COLUMNS) if _ends_with(layout.header, added)), ()
+        )
+        self._kept = len(layout.header) - len(earlier)
 
-    def write(self, rows: Sequence[list[str]], answers: Iterable[Sequence[Any]]) -> None:
+    def header(self) -> str:
+        return self._layout.mark + self.body([self._layout.header], [self._added])
+
+    def body(self, rows: Sequence[list[str]], answers: Iterable[Sequence[Any]]) -> str:
+        buffer = io.StringIO(newline="")
+        writer = csv.writer(buffer, delimiter=self._layout.delimiter)
         kept = self._kept
-        self._writer.writerows([*row[:kept], *answer] for row, answer in zip(rows, answers, strict=True))
+        writer.writerows([*row[:kept], *answer] for row, answer in zip(rows, answers, strict=True))
+        return buffer.getvalue()
+
+
+def _ends_with(header: Sequence[str], added: tuple[str, ...]) -> bool:
+    return tuple(header[-len(added) :]) == added
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The rows of a chunk that can be scored, and what is wrong with the others.
+
+    columns: the features of the rows as they were sent, by column of the model. keys: the customers.
+    """
+
+    rows: list[list[str]]
+    columns: list[list[Any]]
+    aligned: AlignedRows
+    keys: list[str]
+    problems: list[BadLine]
+
+
+class Scorer:
+    """One algorithm, and files that are laid out in one way. Raises BatchError for columns that do not fit."""
+
+    def __init__(self, algorithm: MLAlgorithm, layout: Layout):
+        self.algorithm = algorithm
+        self._classifier = prediction.classifier_of(algorithm)
+        self._schema = self._classifier.schema
+        self._header = layout.header
+        _check_columns(layout.header, self._schema)
+
+    def check(self, chunk: Chunk) -> Checked:
+        rows, lines = chunk.rows, chunk.lines
+        problems = list(chunk.problems)
+        while True:
+            try:
+                columns = self._schema.read_cells(self._header, rows)
+                aligned = self._schema.align_columns(columns)
+                keys = self._customer_keys(rows)
+            except InputError as error:
+                # Not all that is wrong may have been told of very many rows: what remains is looked at again.
+                problems += [self._bad_line(lines[p.row], rows[p.row], p) for p in error.problems]
+                bad = {problem.row for problem in error.problems}
+                lines = [line for index, line in enumerate(lines) if index not in bad]
+                rows = [row for index, row in enumerate(rows) if index not in bad]
+            else:
+                problems.sort(key=lambda problem: problem.line)
+                return Checked(rows, columns, aligned, keys, problems)
+
+    def answer(self, checked: Checked) -> list[dict[str, Any]]:
+        """What is answered for each row."""
+        results = [self._classifier.postprocessing(row) for row in self._classifier.predict(checked.aligned)]
+        for result, warnings in zip(results, checked.aligned.warnings, strict=True):
+            if warnings:
+                result["warnings"] = warnings
+        return results
+
+    def _customer_keys(self, rows: Sequence[list[str]]) -> list[str]:
+        if self._schema.identifier not in self._header:
+            return [""] * len(rows)
+        position = self._header.index(self._schema.identifier)
+        return self._schema.customer_keys([row[position] for row in rows])
+
+    def _bad_line(self, line: int, row: Sequence[str], problem: Problem) -> BadLine:
+        value = row[self._header.index(problem.field)] if problem.field else None
+        return BadLine(line, problem.field, problem.message, value)
 
 
 def predict_file(file: BinaryIO, endpoint_name: str, wanted: Wanted, *, now: datetime) -> Batch:
@@ -96,28 +167,24 @@ def score_file(
     `output` is of use only then. Raises BatchError, BadRows (of at least the first problems), PredictionError.
     """
     (algorithm,) = prediction.choose(endpoint_name, wanted, in_test=False).algorithms
-    classifier = prediction.classifier_of(algorithm)
     source = CsvFile(file)
-    header = source.layout.header
-    _check_columns(header, classifier.schema)
-    answered = AnsweredCsv(output, source.layout)
+    scorer = Scorer(algorithm, source.layout)
+    answered = AnsweredCsv(source.layout)
+    output.write(answered.header())
     problems: list[BadLine] = []
     scored = 0
     for chunk in source.chunks(CHUNK_ROWS):
-        problems += chunk.problems
-        try:
-            aligned = classifier.schema.align_cells(header, chunk.rows)
-        except InputError as error:
-            problems += [BadLine(chunk.lines[p.row], p.field, p.message) for p in error.problems]
+        checked = scorer.check(chunk)
+        problems += checked.problems
         if len(problems) >= MOST_PROBLEMS:
             break
         if not problems:
-            results = [classifier.postprocessing(row) for row in classifier.predict(aligned)]
-            answered.write(chunk.rows, ((result["probability"], result["label"]) for result in results))
-            scored += len(chunk.rows)
-        progress(len(chunk.rows))
+            results = scorer.answer(checked)
+            output.write(answered.body(checked.rows, [(result["probability"], result["label"]) for result in results]))
+            scored += len(checked.rows)
+        progress(len(chunk))
     if problems:
-        raise BadRows(sorted(problems, key=lambda problem: problem.line))
+        raise BadRows(problems)
     return algorithm, scored
 
 

@@ -21,11 +21,12 @@ class BatchError(Exception):
 
 @dataclass(frozen=True)
 class BadLine:
-    """What is wrong on one line of the file. The header is line 1."""
+    """What is wrong on one line of the file. The header is line 1. value: the cell, where one is to blame."""
 
     line: int
     field: str | None
     message: str
+    value: str | None = None
 
 
 class BadRows(BatchError):
@@ -52,6 +53,9 @@ class Chunk:
     rows: list[list[str]]
     lines: list[int]
     problems: list[BadLine]
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.problems)
 
 
 class CsvFile:

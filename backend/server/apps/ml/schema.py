@@ -313,20 +313,39 @@ class Schema:
             raise InputError(problems)
         return parsed
 
-    def align_cells(
+    def read_cells(
         self, header: Sequence[str], rows: Sequence[Sequence[str]], missing: frozenset[str] = MISSING_IN_FILES
-    ) -> AlignedRows:
-        """`align` of what `parse_text` reads in a table of text that has all columns of the model, and faster."""
+    ) -> list[list[Any]]:
+        """By column of the model, what `parse_text` reads in a table of text that has them all, and faster.
+
+        Whole numbers may stay floats. Raises InputError.
+        """
         positions = [header.index(name) for name in self.names]
         try:
-            columns = [
+            return [
                 column.parse_all([row[position] for row in rows], missing)
                 for column, position in zip(self.columns, positions, strict=True)
             ]
         except ValueError:  # from one cell; all that is wrong is found row by row
             cells = [{name: row[at] for name, at in zip(self.names, positions, strict=True)} for row in rows]
-            return self.align(self.parse_text(cells, missing))
-        return self._aligned(len(rows), columns, [])
+            typed = self.parse_text(cells, missing)
+            return [[row[name] for row in typed] for name in self.names]
+
+    def align_columns(self, columns: Sequence[Sequence[Any]]) -> AlignedRows:
+        """`align` for the values of each column of the model, None where one is missing. Raises InputError."""
+        return self._aligned(len(columns[0]), columns, [])
+
+    def customer_keys(self, cells: Sequence[str], missing: frozenset[str] = MISSING_IN_FILES) -> list[str]:
+        """`customer_key` of what `parse_text` reads in the identifier's cells. Raises InputError."""
+        keys, problems = [], []
+        for index, cell in enumerate(cells):
+            try:
+                keys.append("" if cell.strip() in missing else self.customer_key({self.identifier: cell}))
+            except ValueError as error:
+                problems.append(Problem(self.identifier, str(error), index))
+        if problems:
+            raise InputError(problems)
+        return keys
 
     def align(self, rows: Sequence[Mapping[str, Any]]) -> AlignedRows:
         """Check rows and turn them into the matrix that the model was trained on.

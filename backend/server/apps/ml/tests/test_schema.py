@@ -741,7 +741,7 @@ def test_the_server_reads_a_file_as_training_read_it(tmp_path_factory, content):
     trained = table.schema.align_table(features)
     assert served.matrix.tolist() == trained.matrix.tolist()
     assert served.warnings == trained.warnings
-    by_columns = table.schema.align_cells(uploaded.layout.header, uploaded.rows)
+    by_columns = table.schema.align_columns(table.schema.read_cells(uploaded.layout.header, uploaded.rows))
     assert by_columns.matrix.tolist() == served.matrix.tolist()
     assert by_columns.warnings == served.warnings
 
@@ -767,7 +767,7 @@ def test_a_table_of_text_is_read_by_columns_as_row_by_row(cells):
 
     rows = [dict(zip(schema.names, row, strict=True)) for row in cells]
     by_rows = read(lambda: schema.align(schema.parse_text(rows, MISSING_IN_FILES)))
-    assert read(lambda: schema.align_cells(schema.names, cells)) == by_rows
+    assert read(lambda: schema.align_columns(schema.read_cells(schema.names, cells))) == by_rows
 
 
 def test_the_server_spells_customers_as_the_list_of_training_customers_does(tmp_path):
