@@ -63,7 +63,7 @@ soak: environment .venv/runtime
 	@exec $(PYTHON) bench/soak.py $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 clean:
-	rm -rf .venv backend/server/db.sqlite3* backend/server/staticfiles research/artifacts bench/environments
+	rm -rf .venv backend/server/db.sqlite3* backend/server/staticfiles backend/server/batches research/artifacts bench/environments
 
 # --- What must hold before anything slow begins -----------------------------------------------------------
 define TRY_ENVIRONMENT

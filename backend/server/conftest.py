@@ -71,8 +71,9 @@ def artifacts_dir(tmp_path: Path, trained: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _known_artifacts_and_empty_registry(settings, trained: Path) -> Iterator[None]:
+def _known_artifacts_and_empty_registry(settings, trained: Path, tmp_path_factory) -> Iterator[None]:
     settings.ML_ARTIFACTS_DIR = trained
+    settings.BATCH_DIR = tmp_path_factory.getbasetemp() / "batches"
     registry.clear()
     yield
     registry.clear()

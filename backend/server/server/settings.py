@@ -33,7 +33,11 @@ CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
 ML_ARTIFACTS_DIR = default_artifacts_dir()
 PREDICT_DEFAULT_STATUS = env.text("PREDICT_DEFAULT_STATUS", "testing", choices=("testing", "staging", "production"))
 MAX_BODY_BYTES = env.number("MAX_BODY_BYTES", default=10 * 2**20)
-MAX_UPLOAD_BYTES = env.number("MAX_UPLOAD_BYTES", default=100 * 2**20)
+BATCH_DIR = env.path("BATCH_DIR", default=BASE_DIR / "batches")
+BATCH_MAX_BYTES = env.number("BATCH_MAX_BYTES", default=10 * 2**30)
+BATCH_SYNC_ROWS = env.number("BATCH_SYNC_ROWS", default=20_000, least=0)
+BATCH_KEEP_DAYS = env.number("BATCH_KEEP_DAYS", default=7)
+BATCH_LEASE_SECONDS = env.number("BATCH_LEASE_SECONDS", default=60)
 
 # --- Django -----------------------------------------------------------------------------------------------
 INSTALLED_APPS = [

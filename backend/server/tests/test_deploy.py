@@ -111,7 +111,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, trained: Path, postgresql
         ALLOWED_HOSTS=NAME,
         BEHIND_TLS_PROXY="1",
         STATIC_ROOT=str(folder / "static"),
-        MAX_UPLOAD_BYTES="100000",
+        BATCH_MAX_BYTES="100000",
     )
     create = "from django.db import connection; connection.cursor().execute('CREATE DATABASE deployed')"
     processes.manage("shell", "--no-imports", "-c", create, env={**env, "DATABASE_URL": f"{postgresql_url}/postgres"})

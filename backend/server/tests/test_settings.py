@@ -152,7 +152,7 @@ def refusal_of(env: dict[str, str]) -> str:
     [
         ("DEBUG", "maybe", "must be 1 or 0"),
         ("MAX_BODY_BYTES", "abc", "must be a whole number"),
-        ("MAX_UPLOAD_BYTES", "-5", "must be a whole number of 1 or more"),
+        ("BATCH_MAX_BYTES", "-5", "must be a whole number of 1 or more"),
         ("PREDICT_DEFAULT_STATUS", "foo", "must be one of testing, staging, production"),
         ("PREDICT_DEFAULT_STATUS", "retired", "must be one of"),
         ("LOG_LEVEL", "loud", "must be one of DEBUG, INFO"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -92,17 +93,17 @@ class Scorer:
     def __init__(self, algorithm: MLAlgorithm, layout: Layout):
         self.algorithm = algorithm
         self._classifier = prediction.classifier_of(algorithm)
-        self._schema = self._classifier.schema
+        self.schema = self._classifier.schema
         self._header = layout.header
-        _check_columns(layout.header, self._schema)
+        _check_columns(layout.header, self.schema)
 
     def check(self, chunk: Chunk) -> Checked:
         rows, lines = chunk.rows, chunk.lines
         problems = list(chunk.problems)
         while True:
             try:
-                columns = self._schema.read_cells(self._header, rows)
-                aligned = self._schema.align_columns(columns)
+                columns = self.schema.read_cells(self._header, rows)
+                aligned = self.schema.align_columns(columns)
                 keys = self._customer_keys(rows)
             except InputError as error:
                 # Not all that is wrong may have been told of very many rows: what remains is looked at again.
@@ -123,25 +124,29 @@ class Scorer:
         return results
 
     def _customer_keys(self, rows: Sequence[list[str]]) -> list[str]:
-        if self._schema.identifier not in self._header:
+        if self.schema.identifier not in self._header:
             return [""] * len(rows)
-        position = self._header.index(self._schema.identifier)
-        return self._schema.customer_keys([row[position] for row in rows])
+        position = self._header.index(self.schema.identifier)
+        return self.schema.customer_keys([row[position] for row in rows])
 
     def _bad_line(self, line: int, row: Sequence[str], problem: Problem) -> BadLine:
         value = row[self._header.index(problem.field)] if problem.field else None
         return BadLine(line, problem.field, problem.message, value)
 
 
-def predict_file(file: BinaryIO, endpoint_name: str, wanted: Wanted, *, now: datetime) -> Batch:
+class TooManyRows(BatchError):
+    """A file that is not to be held in memory."""
+
+
+def predict_file(file: BinaryIO, endpoint_name: str, wanted: Wanted, *, now: datetime, most_rows: int) -> Batch:
     """Score every row of a CSV by one algorithm and record each; all of them or none.
 
-    A batch is no part of a running A/B test. Raises BatchError, BadRows, PredictionError.
+    A batch is no part of a running A/B test. Raises BatchError, BadRows, TooManyRows, PredictionError.
     """
     choice = prediction.choose(endpoint_name, wanted, in_test=False)
     (algorithm,) = choice.algorithms
     schema = prediction.classifier_of(algorithm).schema
-    table = read_csv(file)
+    table = read_csv(file, most_rows)
     header = table.layout.header
     _check_columns(header, schema)
     read = {*schema.names, schema.identifier}
@@ -188,14 +193,16 @@ def score_file(
     return algorithm, scored
 
 
-def read_csv(file: BinaryIO) -> Table:
-    """All of a CSV. Raises BatchError, BadRows."""
+def read_csv(file: BinaryIO, most_rows: float = math.inf) -> Table:
+    """All of a CSV. Raises BatchError, BadRows, TooManyRows."""
     source = CsvFile(file)
     whole = Chunk([], [], [])
     for chunk in source.chunks(CHUNK_ROWS):
         whole.rows.extend(chunk.rows)
         whole.lines.extend(chunk.lines)
         whole.problems.extend(chunk.problems)
+        if len(whole) > most_rows:
+            raise TooManyRows(f"The file has more than {most_rows:,} rows.")
     if whole.problems:
         raise BadRows(whole.problems)
     return Table(source.layout, whole.rows, whole.lines)

@@ -87,10 +87,13 @@ class CsvFile:
             raise BatchError("The file is empty; the first line must name the columns.")
         self.layout = Layout([name.strip() for name in header[1]], delimiter, mark)
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        """The rows in the file's order, `size` at a time. Raises BatchError for a file without any."""
+    def chunks(self, size: int, *, skip: int = 0) -> Iterator[Chunk]:
+        """The rows after the first `skip` in the file's order, `size` at a time.
+
+        Raises BatchError for a file without any.
+        """
         width = len(self.layout.header)
-        is_empty = True
+        is_empty = not sum(1 for _ in islice(self._rows, skip))
         while several := list(islice(self._rows, size)):
             is_empty = False
             fitting = [(line, row) for line, row in several if len(row) == width]

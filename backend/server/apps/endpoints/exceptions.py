@@ -17,7 +17,7 @@ from rest_framework import exceptions, status
 from rest_framework.response import Response
 from rest_framework.views import exception_handler as drf_exception_handler
 
-from apps.endpoints import prediction
+from apps.endpoints import batch_jobs, prediction
 from apps.endpoints.abtests import ABTestError
 from apps.endpoints.csv_file import BadRows, BatchError
 from apps.endpoints.feedback import UnknownOutcome
@@ -34,6 +34,9 @@ HTTP_STATUS: list[tuple[type[Exception], int]] = [
     (prediction.Unavailable, status.HTTP_503_SERVICE_UNAVAILABLE),
     (prediction.PredictionError, status.HTTP_400_BAD_REQUEST),
     (BatchError, status.HTTP_400_BAD_REQUEST),
+    (batch_jobs.KeyReused, status.HTTP_422_UNPROCESSABLE_ENTITY),
+    (batch_jobs.Gone, status.HTTP_410_GONE),
+    (batch_jobs.JobError, status.HTTP_409_CONFLICT),
     (TestRunning, status.HTTP_409_CONFLICT),
     (LifecycleError, status.HTTP_400_BAD_REQUEST),
     (ABTestError, status.HTTP_400_BAD_REQUEST),

@@ -15,7 +15,7 @@ from rest_framework.exceptions import NotFound
 from rest_framework.pagination import Cursor, CursorPagination
 from rest_framework.request import Request
 
-from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus, MLRequest, RequestQuerySet, Status
+from apps.endpoints.models import BatchJob, MLAlgorithm, MLAlgorithmStatus, MLRequest, RequestQuerySet, Status
 
 LARGEST_ID = 2**63 - 1
 
@@ -83,6 +83,14 @@ class RequestFilter(django_filters.FilterSet):
 
     def by_outcome(self, requests: RequestQuerySet, name: str, known: bool) -> RequestQuerySet:
         return requests.labelled() if known else requests.filter(feedback=None)
+
+
+class BatchJobFilter(django_filters.FilterSet):
+    algorithm = IdFilter("parent_mlalgorithm")
+
+    class Meta:
+        model = BatchJob
+        fields = ["state", "created_by"]
 
 
 class NewestFirst(CursorPagination):

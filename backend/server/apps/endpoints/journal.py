@@ -79,7 +79,7 @@ class Journal:
         """
         if connection.in_atomic_block or len(requests) > SHARED_ROWS:
             return insert(requests)
-        return self._settled(_Entry(_prepared(requests), are_conditional=False))
+        return self._settled(_Entry(prepared(requests), are_conditional=False))
 
     def can_record_if(self) -> bool:
         """Whether this thread's connection is one on which `record_if` works, and open as far as can be seen."""
@@ -180,7 +180,12 @@ journal = Journal()
 
 def insert(requests: Sequence[NewRequest]) -> list[int]:
     """Record requests in a transaction of their own, or of the caller; returns their ids. Raises django.db.Error."""
-    return _insert(_prepared(requests))
+    return _insert(prepared(requests))
+
+
+def insert_prepared(rows: Sequence[Row]) -> list[int]:
+    """`insert` for what `prepared` made of requests, before the database was locked for it."""
+    return _insert(list(rows)) if rows else []
 
 
 def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
@@ -250,7 +255,7 @@ def _copy_with_ids_drawn_first(rows: list[Row]) -> list[int]:
     return ids
 
 
-def _prepared(requests: Sequence[NewRequest]) -> list[Row]:
+def prepared(requests: Sequence[NewRequest]) -> list[Row]:
     """The values of requests as the database takes them, in the order of the fields."""
     adapted_time = cache(connection.ops.adapt_datetimefield_value)  # the rows of a call share one moment
     return [_row(request, adapted_time) for request in requests]

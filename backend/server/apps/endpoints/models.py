@@ -8,6 +8,7 @@ from typing import Any
 from django.core.validators import RegexValidator
 from django.db import models
 from django.db.models import OuterRef, Q, Subquery
+from django.db.models.functions import Now
 from django.utils import timezone
 
 from apps.ml.schema import MAX_KEY_LENGTH
@@ -266,3 +267,112 @@ class FeedbackChange(models.Model):
 
     def __str__(self) -> str:
         return f"{self.previous or 'unknown'} to {self.feedback}"
+
+
+class BatchJobQuerySet(models.QuerySet["BatchJob"]):
+    def unfinished(self) -> BatchJobQuerySet:
+        return self.filter(state__in=BatchJob.UNFINISHED)
+
+    def free(self) -> BatchJobQuerySet:
+        """What a worker may take: nobody's, and those whose worker has not been heard of for too long."""
+        return self.unfinished().filter(Q(lease_until=None) | Q(lease_until__lt=Now()))
+
+
+class BatchJob(models.Model):
+    """A file of customers that workers score: who asked for what, how far it is, and whose turn it is."""
+
+    class State(models.TextChoices):
+        QUEUED = "queued"
+        CHECKING = "checking"
+        SCORING = "scoring"
+        SUCCEEDED = "succeeded"
+        FAILED = "failed"
+        CANCELLED = "cancelled"
+
+    class OnError(models.TextChoices):
+        FAIL = "fail"
+        SKIP = "skip"
+
+    class Log(models.TextChoices):
+        ALL = "all"
+        NONE = "none"
+
+    UNFINISHED = (State.QUEUED, State.CHECKING, State.SCORING)
+
+    state = models.CharField(max_length=16, choices=State, default=State.QUEUED)
+    problem = models.TextField(blank=True, help_text="Why it failed.")
+    parent_mlalgorithm = models.ForeignKey(
+        MLAlgorithm, on_delete=models.PROTECT, related_name="batch_jobs", verbose_name="algorithm"
+    )
+    created_by = models.CharField(max_length=150)
+    created_at = models.DateTimeField(default=timezone.now)
+    started_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField(null=True)
+
+    file_name = models.CharField(max_length=255, help_text="As the client named it.")
+    file_bytes = models.BigIntegerField()
+    on_error = models.CharField(max_length=8, choices=OnError, default=OnError.FAIL)
+    log = models.CharField(max_length=8, choices=Log, default=Log.ALL)
+    folder = models.CharField(max_length=64, blank=True, help_text="Below BATCH_DIR; empty when its files are gone.")
+    # Of a client that may send a file twice and mean it once. The digest tells whether it is the same file.
+    idempotency_key = models.CharField(max_length=200, blank=True)
+    digest = models.CharField(max_length=64, blank=True)
+
+    checked_at = models.DateTimeField(null=True, help_text="When every row had been looked at, and scoring began.")
+    rows_total = models.BigIntegerField(null=True, help_text="Known when it is checked.")
+    rows_refused = models.BigIntegerField(default=0)
+    rows_read = models.BigIntegerField(default=0, help_text="In order to be scored.")
+    rows_scored = models.BigIntegerField(default=0)
+    bytes_read = models.BigIntegerField(default=0, help_text="Of the file, in the present step.")
+    histogram = models.JSONField(default=list, help_text="How many probabilities lie in each twentieth from 0 to 1.")
+
+    lease_until = models.DateTimeField(null=True, help_text="Until when the job is its worker's, unless it renews it.")
+    turn = models.PositiveIntegerField(default=0, help_text="How often a worker has taken it.")
+    fruitless_turns = models.PositiveIntegerField(default=0, help_text="How many of them since the last progress.")
+
+    objects = BatchJobQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "batch job"
+        constraints = [
+            models.UniqueConstraint(
+                fields=["created_by", "idempotency_key"],
+                condition=~Q(idempotency_key=""),
+                name="one_batch_job_per_idempotency_key",
+            ),
+        ]
+        indexes = [
+            models.Index(
+                fields=["id"], condition=Q(state__in=["queued", "checking", "scoring"]), name="batch_job_unfinished"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"batch job {self.pk}"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state not in self.UNFINISHED
+
+    def download_name(self, what: str) -> str:
+        """shop.csv.gz becomes shop-scored.csv."""
+        stem = self.file_name.removesuffix(".gz").removesuffix(".csv") or "customers"
+        return f"{stem}-{what}.csv"
+
+
+class BatchPart(models.Model):
+    """A stretch of a job's rows that is done: its answers are in the file named, and logged if that was asked for.
+
+    This row is what makes it so: it is committed together with the logged requests, when the file is in its place.
+    """
+
+    job = models.ForeignKey(BatchJob, on_delete=models.CASCADE, related_name="parts")
+    number = models.PositiveIntegerField()
+    rows_read = models.PositiveIntegerField()
+    file = models.CharField(max_length=64)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["job", "number"], name="each_batch_part_once")]
+
+    def __str__(self) -> str:
+        return f"part {self.number} of job {self.job_id}"

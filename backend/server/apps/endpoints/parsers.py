@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any, BinaryIO
 
+from django.core.files.uploadedfile import TemporaryUploadedFile, UploadedFile
+from django.core.files.uploadhandler import FileUploadHandler, TemporaryFileUploadHandler
 from rest_framework import parsers
 from rest_framework.exceptions import ParseError
 
-from apps.endpoints import json_text
+from apps.endpoints import job_files, json_text
 
 
 class CountingStream:
@@ -61,3 +64,19 @@ class FormBody(WholeBody, parsers.FormParser):
 
 class MultipartBody(WholeBody, parsers.MultiPartParser):
     """Fields and files."""
+
+
+class _Upload(TemporaryUploadedFile):
+    """On the disk where jobs keep their files, so that one that becomes a job need not be copied."""
+
+    def __init__(self, name: str, content_type: str, size: int, charset: str | None, content_type_extra: Any):
+        file = tempfile.NamedTemporaryFile(dir=job_files.uploads())  # noqa: SIM115
+        UploadedFile.__init__(self, file, name, content_type, size, charset, content_type_extra)
+
+
+class UploadOnDisk(TemporaryFileUploadHandler):
+    """Streams a file to disk, in place of Django's handler, which takes the folder for temporary files."""
+
+    def new_file(self, *args: Any, **kwargs: Any) -> None:
+        FileUploadHandler.new_file(self, *args, **kwargs)
+        self.file = _Upload(self.file_name, self.content_type, 0, self.charset, self.content_type_extra)

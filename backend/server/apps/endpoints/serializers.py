@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
+from django.utils import timezone
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
+from apps.endpoints import batch_jobs, job_files
+from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
 from apps.endpoints.prediction import Wanted
 from apps.ml.registry import DEFAULT_ENDPOINT
 from apps.ml.schema import spelled
 
 ANONYMOUS = "anonymous"
+MAX_IDEMPOTENCY_KEY = 200
+# A larger file is not held in memory, which takes ten times as much.
+MOST_BYTES_AT_ONCE = 20 * 2**20
 
 
 class EndpointSerializer(serializers.ModelSerializer):
@@ -141,13 +148,82 @@ class WantedSerializer(serializers.Serializer):
 class BatchSerializer(WantedSerializer):
     """A file of customers, and which algorithm answers."""
 
-    file = serializers.FileField(allow_empty_file=True, help_text="A CSV with a header line.")
+    file = serializers.FileField(allow_empty_file=True, help_text="A CSV with a header line, or one in gzip.")
     endpoint = serializers.CharField(default=DEFAULT_ENDPOINT, max_length=128)
     status = ServedStatusField(required=False, max_length=128, help_text="By default production.")
-    format = serializers.ChoiceField(["json", "csv"], default="json")
+    format = serializers.ChoiceField(["json", "csv"], default="json", help_text="Of an answer that comes at once.")
+    mode = serializers.ChoiceField(["auto", "async"], default="auto", help_text="async: a job, however small.")
+    on_error = serializers.ChoiceField(
+        BatchJob.OnError.values, default=BatchJob.OnError.FAIL.value, help_text="skip: score the other rows."
+    )
+    log = serializers.ChoiceField(
+        BatchJob.Log.values, default=BatchJob.Log.ALL.value, help_text="none: log no requests, and so get no feedback."
+    )
 
     def wanted(self) -> Wanted:
         return replace(super().wanted(), default_status=Status.PRODUCTION)
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        """Adds what the headers say, and `as_job`: whether nobody expects the answer at once."""
+        headers = self.context["headers"]
+        key = headers.get("Idempotency-Key", "").strip()
+        if len(key) > MAX_IDEMPOTENCY_KEY:
+            raise serializers.ValidationError(
+                {"Idempotency-Key": f"This header is longer than {MAX_IDEMPOTENCY_KEY} characters."}
+            )
+        preferences = {word.strip().lower() for word in re.split("[,;]", headers.get("Prefer", ""))}
+        prefers_job = "respond-async" in preferences
+        file = attrs["file"]
+        is_more_than_plain = (
+            key
+            or attrs["on_error"] != BatchJob.OnError.FAIL
+            or attrs["log"] != BatchJob.Log.ALL
+            or file.size > MOST_BYTES_AT_ONCE
+            or job_files.is_compressed(file)
+        )
+        as_job = bool(prefers_job or attrs["mode"] == "async" or is_more_than_plain)
+        return {**attrs, "idempotency_key": key, "prefers_job": prefers_job, "as_job": as_job}
+
+
+class BatchJobSerializer(serializers.ModelSerializer):
+    algorithm = serializers.CharField(source="parent_mlalgorithm.name", read_only=True)
+    version = serializers.CharField(source="parent_mlalgorithm.version", read_only=True)
+    rows_per_second = serializers.SerializerMethodField(help_text="In the present step; in the end, of the scoring.")
+    seconds_left = serializers.SerializerMethodField(help_text="Of the present step; null when nobody can say.")
+    expires_at = serializers.SerializerMethodField(help_text="When the result goes.")
+
+    class Meta:
+        model = BatchJob
+        fields = [
+            *("id", "state", "problem", "algorithm", "version", "parent_mlalgorithm", "created_by", "created_at"),
+            *("started_at", "finished_at", "file_name", "file_bytes", "on_error", "log"),
+            *("rows_total", "rows_read", "rows_scored", "rows_refused", "rows_per_second", "seconds_left"),
+            *("histogram", "expires_at"),
+        ]
+        read_only_fields = fields
+
+    def get_rows_per_second(self, job: BatchJob) -> float | None:
+        rate = batch_jobs.pace(job, timezone.now()).rows_per_second
+        return rate and round(rate, 1)
+
+    def get_seconds_left(self, job: BatchJob) -> float | None:
+        left = batch_jobs.pace(job, timezone.now()).seconds_left
+        return left and round(left, 1)
+
+    def get_expires_at(self, job: BatchJob) -> datetime | None:
+        return batch_jobs.expires_at(job)
+
+
+class BatchErrorSerializer(serializers.Serializer):
+    line = serializers.IntegerField(help_text="Counted from 1 in the file; the header is line 1.")
+    column = serializers.CharField()
+    value = serializers.CharField()
+    reason = serializers.CharField()
+
+
+class BatchErrorsSerializer(serializers.Serializer):
+    rows_refused = serializers.IntegerField()
+    errors = BatchErrorSerializer(many=True)
 
 
 class AnswerSerializer(serializers.Serializer):

@@ -14,6 +14,7 @@ router.register("endpoints", views.EndpointViewSet, basename="endpoint")
 router.register("mlalgorithms", views.MLAlgorithmViewSet, basename="mlalgorithm")
 router.register("mlalgorithmstatuses", views.MLAlgorithmStatusViewSet, basename="mlalgorithmstatus")
 router.register("mlrequests", views.MLRequestViewSet, basename="mlrequest")
+router.register("batch-jobs", views.BatchJobViewSet, basename="batchjob")
 router.register("abtests", views.ABTestViewSet, basename="abtest")
 
 urlpatterns = [

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import SuspiciousOperation
 from django.db import DatabaseError, InterfaceError
-from django.http import Http404, HttpRequest, HttpResponse, QueryDict
+from django.http import Http404, HttpRequest, HttpResponse, QueryDict, StreamingHttpResponse
+from django.urls import reverse
 from django.utils import timezone
+from django.utils.http import content_disposition_header
 from drf_spectacular.utils import (
     OpenApiExample,
     OpenApiParameter,
@@ -20,16 +23,17 @@ from drf_spectacular.utils import (
     extend_schema_view,
 )
 from rest_framework import mixins, viewsets
-from rest_framework.exceptions import APIException, ParseError, UnsupportedMediaType
+from rest_framework.decorators import action
+from rest_framework.exceptions import APIException, ParseError, UnsupportedMediaType, ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from apps.endpoints import abtests, batch, feedback, json_text, lifecycle, prediction
+from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
-from apps.endpoints.filters import AlgorithmFilter, NewestFirst, RequestFilter, StatusFilter
-from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
-from apps.endpoints.parsers import MultipartBody
+from apps.endpoints.filters import AlgorithmFilter, BatchJobFilter, NewestFirst, RequestFilter, StatusFilter
+from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
+from apps.endpoints.parsers import MultipartBody, UploadOnDisk
 from apps.endpoints.permissions import (
     TokenAuthentication,
     TokenUnlessDebug,
@@ -43,6 +47,8 @@ from apps.endpoints.serializers import (
     ABTestSerializer,
     AnswerSerializer,
     BatchAnswerSerializer,
+    BatchErrorsSerializer,
+    BatchJobSerializer,
     BatchSerializer,
     EndpointSerializer,
     ErrorSerializer,
@@ -56,6 +62,7 @@ from apps.endpoints.serializers import (
 from apps.ml.registry import DEFAULT_ENDPOINT
 
 ID = "[0-9]{1,18}"
+MOST_ERRORS = 1_000
 BAD_REQUEST = OpenApiResponse(ErrorSerializer, description="What is wrong, and what to do.")
 UNAVAILABLE = OpenApiResponse(ErrorSerializer, description="The model cannot answer now, and why.")
 
@@ -275,39 +282,125 @@ class PredictView(Api, APIView):
 
 
 class BatchPredictView(Api, APIView):
-    """Score a CSV of customers: one answer per line, in the file's order, or none if any line is bad."""
+    """Score a file of customers: one answer per line, in the file's order.
+
+    A CSV of no more than BATCH_SYNC_ROWS rows is answered at once, or refused if any line is wrong. What is larger, or
+    compressed, or comes with `mode=async`, `Prefer: respond-async`, an `Idempotency-Key`, `on_error=skip` or
+    `log=none`, becomes a batch job.
+    """
 
     parser_classes = [MultipartBody]
 
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super().initial(request, *args, **kwargs)
+        request._request.upload_handlers.append(UploadOnDisk(request._request))
+
     def max_bytes(self) -> int:
-        return settings.MAX_UPLOAD_BYTES
+        return settings.BATCH_MAX_BYTES
 
     @extend_schema(
+        parameters=[
+            OpenApiParameter("Idempotency-Key", str, "header", description="Sent again, it means the same job."),
+            OpenApiParameter("Prefer", str, "header", description="respond-async asks for a job."),
+        ],
         request={"multipart/form-data": BatchSerializer},
         responses={
             (201, "application/json"): BatchAnswerSerializer(many=True),
             (201, "text/csv"): str,
+            202: OpenApiResponse(BatchJobSerializer, description="A job; the header Location says where to look."),
             400: BAD_REQUEST,
             404: OpenApiResponse(ErrorSerializer, description="There is no such endpoint."),
             413: OpenApiResponse(ErrorSerializer, description="The file is too large."),
+            422: OpenApiResponse(ErrorSerializer, description="The Idempotency-Key was used for something else."),
             503: UNAVAILABLE,
         },
     )
     def post(self, request: Request) -> HttpResponse:
         sent = request.query_params.copy()
         sent.update(request.data)
-        serializer = BatchSerializer(data=sent)
+        serializer = BatchSerializer(data=sent, context={"headers": request.headers})
         wanted = serializer.wanted()
         asked = serializer.validated_data
-        scored = batch.predict_file(asked["file"], asked["endpoint"], wanted, now=timezone.now())
-        if asked["format"] == "csv":
-            return HttpResponse(
-                scored.as_csv(),
-                status=201,
-                content_type="text/csv; charset=utf-8",
-                headers={"Content-Disposition": 'attachment; filename="predictions.csv"'},
-            )
-        return Response([answer.as_batch_json() for answer in scored.answers], status=201)
+        if not asked["as_job"]:
+            with suppress(batch.TooManyRows):
+                scored = batch.predict_file(
+                    asked["file"], asked["endpoint"], wanted, now=timezone.now(), most_rows=settings.BATCH_SYNC_ROWS
+                )
+                return self._scored(scored, asked["format"])
+        job, _ = batch_jobs.submit(
+            asked["file"],
+            asked["endpoint"],
+            wanted,
+            by=_asker(request),
+            now=timezone.now(),
+            on_error=asked["on_error"],
+            log=asked["log"],
+            idempotency_key=asked["idempotency_key"],
+        )
+        headers = {"Location": reverse("batchjob-detail", args=[job.pk])}
+        if asked["prefers_job"]:
+            headers["Preference-Applied"] = "respond-async"
+        return Response(BatchJobSerializer(job).data, status=202, headers=headers)
+
+    def _scored(self, scored: batch.Batch, form: str) -> HttpResponse:
+        if form == "json":
+            return Response([answer.as_batch_json() for answer in scored.answers], status=201)
+        return HttpResponse(
+            scored.as_csv(),
+            status=201,
+            content_type="text/csv; charset=utf-8",
+            headers={"Content-Disposition": 'attachment; filename="predictions.csv"'},
+        )
+
+
+def _csv(contents: tuple[int, Iterator[bytes]], file_name: str) -> StreamingHttpResponse:
+    size, blocks = contents
+    response = StreamingHttpResponse(blocks, content_type="text/csv; charset=utf-8")
+    response.headers["Content-Length"] = str(size)
+    response.headers["Content-Disposition"] = content_disposition_header(as_attachment=True, filename=file_name)
+    return response
+
+
+CSV_FILE = {(200, "text/csv"): str, 404: ErrorSerializer, 409: ErrorSerializer, 410: ErrorSerializer}
+
+
+class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
+    """Files of customers that are scored by workers: how far each is, and what came of it."""
+
+    lookup_value_regex = ID
+    queryset = BatchJob.objects.select_related("parent_mlalgorithm")
+    serializer_class = BatchJobSerializer
+    pagination_class = NewestFirst
+    filterset_class = BatchJobFilter
+
+    @extend_schema(responses={200: BatchJobSerializer, 404: ErrorSerializer, 409: ErrorSerializer})
+    def destroy(self, request: Request, pk: str) -> Response:
+        """Cancel a job. Requests that it has logged by then stay."""
+        job = batch_jobs.cancel(self.get_object(), now=timezone.now())
+        return Response(BatchJobSerializer(job).data)
+
+    @extend_schema(responses=CSV_FILE)
+    @action(detail=True)
+    def result(self, request: Request, pk: str) -> StreamingHttpResponse:
+        """The file with request_id, probability and label added, without the rows that were refused."""
+        job = self.get_object()
+        return _csv(batch_jobs.result(job), job.download_name("scored"))
+
+    @extend_schema(
+        parameters=[OpenApiParameter("format", str, enum=["json", "csv"], description="csv for all of them")],
+        responses={(200, "application/json"): BatchErrorsSerializer, **CSV_FILE},
+    )
+    @action(detail=True)
+    def errors(self, request: Request, pk: str) -> HttpResponse:
+        """What is wrong with the file: line, column, value and reason. As JSON the first thousand of them."""
+        job = self.get_object()
+        form = request.query_params.get("format", "json")
+        if form == "csv":
+            return _csv(batch_jobs.errors(job), job.download_name("errors"))
+        if form != "json":
+            raise ValidationError({"format": "Use json or csv."})
+        first = batch_jobs.first_errors(job, most=MOST_ERRORS)
+        return Response({"rows_refused": job.rows_refused, "errors": first})
 
 
 @extend_schema_view(create=extend_schema(responses={201: ABTestSerializer, 400: BAD_REQUEST}))

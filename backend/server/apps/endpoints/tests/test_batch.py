@@ -290,7 +290,7 @@ class TestWhatIsRefused:
         refused(api.generic("POST", BATCH, THREE, content_type="multipart/form-data; boundary=x"))
 
     def test_a_file_over_the_limit(self, api, algorithms, settings):
-        settings.MAX_UPLOAD_BYTES = 1000
+        settings.BATCH_MAX_BYTES = 1000
 
         assert "the limit is 1,000" in refused(upload(api, THREE * 10), 413)["message"]
 

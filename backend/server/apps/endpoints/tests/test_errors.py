@@ -180,7 +180,7 @@ class TestContentTypes:
 class TestBodies:
     @pytest.mark.parametrize(("method", "address"), WRITES)
     def test_one_over_the_limit_is_413(self, api, answered, settings, method, address):
-        settings.MAX_BODY_BYTES = settings.MAX_UPLOAD_BYTES = 20
+        settings.MAX_BODY_BYTES = settings.BATCH_MAX_BYTES = 20
 
         response = api.generic(method, address.format(answered=answered), b"x" * 21, content_type="application/json")
 

@@ -1,0 +1,473 @@
+"""Files of any size, scored by workers: submitted, taken by one worker at a time, and done part by part.
+
+A part is one transaction: its logged requests and the row that says it is done are committed together, after its
+answers are in a file. So whatever dies, a job goes on after its last part, and nobody is scored twice.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, BinaryIO
+
+import numpy as np
+from django.conf import settings
+from django.core.files.uploadedfile import UploadedFile
+from django.db import DatabaseError, IntegrityError, InterfaceError, transaction
+from django.db.models import DateTimeField, ExpressionWrapper, Q
+from django.db.models.functions import Now
+from django.utils import timezone
+
+from apps.endpoints import job_files, prediction
+from apps.endpoints.batch import AnsweredCsv, Checked, Scorer
+from apps.endpoints.csv_file import BadLine, BadRows, BatchError, CsvFile
+from apps.endpoints.journal import NewRequest, insert_prepared, prepared
+from apps.endpoints.models import BatchJob, BatchPart, MLAlgorithm
+from apps.endpoints.prediction import PredictionError, Wanted
+from apps.endpoints.turns import in_turn
+
+logger = logging.getLogger(__name__)
+
+# Other writers wait while a part is written: this many rows take SQLite a tenth of a second.
+PART_ROWS = 5_000
+BINS = 20
+MOST_FRUITLESS_TURNS = 5
+# After something that may pass, such as a full disk; longer each time.
+RETRY_SECONDS = 10
+# Nobody writes to an upload any more, or will submit it, after so many seconds.
+FORGOTTEN = 24 * 3600
+
+
+class JobError(Exception):
+    """What cannot be done with a job; the message says why."""
+
+
+class KeyReused(JobError):
+    """An Idempotency-Key came again with something else."""
+
+
+class NotFinished(JobError):
+    """There is no result yet, or there will be none."""
+
+
+class Gone(JobError):
+    """The files of a job are kept for a time only."""
+
+
+class Ended(JobError):
+    """A job that has ended cannot be cancelled."""
+
+
+class _Lost(Exception):
+    """The job is this worker's no longer: it was cancelled, or another one has taken it over."""
+
+
+class _Stopped(Exception):
+    """The worker has been told to stop."""
+
+
+# --- Submitting -------------------------------------------------------------------------------------------
+
+
+def submit(
+    upload: UploadedFile,
+    endpoint_name: str,
+    wanted: Wanted,
+    *,
+    by: str,
+    now: datetime,
+    on_error: str = BatchJob.OnError.FAIL,
+    log: str = BatchJob.Log.ALL,
+    idempotency_key: str = "",
+) -> tuple[BatchJob, bool]:
+    """A job for a file, by the algorithm that serves the endpoint now, and whether it is new.
+
+    With a key that its sender has used before it is the job of that time. A batch is no part of a running A/B test.
+    Raises PredictionError, BatchError for a file whose header does not fit, KeyReused, OSError.
+    """
+    digest = ""
+    if idempotency_key:
+        options = [endpoint_name, *(str(wish) for wish in (wanted.status, wanted.version, wanted.algorithm))]
+        digest = job_files.digest(upload, *options, on_error, log)
+        earlier = _earlier(by, idempotency_key, digest)
+        if earlier:
+            return earlier, False
+    (algorithm,) = prediction.choose(endpoint_name, wanted, in_test=False).algorithms
+    with job_files.unpacked(upload) as table:
+        Scorer(algorithm, CsvFile(table).layout)
+    folder = job_files.take(upload)
+    try:
+        with transaction.atomic():
+            job = BatchJob.objects.create(
+                parent_mlalgorithm=algorithm,
+                created_by=by,
+                created_at=now,
+                file_name=(upload.name or "")[:255],
+                file_bytes=upload.size,
+                on_error=on_error,
+                log=log,
+                folder=folder,
+                idempotency_key=idempotency_key,
+                digest=digest,
+            )
+    except IntegrityError:  # the same request, at the same moment
+        job_files.remove(folder)
+        earlier = _earlier(by, idempotency_key, digest)
+        if earlier is None:
+            raise
+        return earlier, False
+    except BaseException:
+        job_files.remove(folder)
+        raise
+    return job, True
+
+
+def _earlier(by: str, key: str, digest: str) -> BatchJob | None:
+    job = BatchJob.objects.filter(created_by=by, idempotency_key=key).first() if key else None
+    if job and job.digest != digest:
+        raise KeyReused(f"This Idempotency-Key was used for job {job.pk}, with another file or other options.")
+    return job
+
+
+def cancel(job: BatchJob, *, now: datetime) -> BatchJob:
+    """End a job before it has ended by itself. What it has logged stays. Raises Ended."""
+    BatchJob.objects.unfinished().filter(pk=job.pk).update(state=BatchJob.State.CANCELLED, finished_at=now)
+    job.refresh_from_db()
+    if job.state != BatchJob.State.CANCELLED:
+        raise Ended(f"Job {job.pk} has {job.state}, and cannot be cancelled any more.")
+    return job
+
+
+# --- How far it is ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of the step that a job is in, or of the scoring when it is over; None where nobody can say."""
+
+    rows_per_second: float | None = None
+    seconds_left: float | None = None
+
+
+def pace(job: BatchJob, now: datetime) -> Pace:
+    if job.checked_at:
+        seconds = ((job.finished_at or now) - job.checked_at).total_seconds()
+        if not job.rows_read or seconds <= 0:
+            return Pace()
+        rate = job.rows_read / seconds
+        return Pace(rate, None if job.is_finished else (job.rows_total - job.rows_read) / rate)
+    if job.is_finished or not job.bytes_read:
+        return Pace()
+    seconds = (now - job.started_at).total_seconds()
+    return Pace(None, max(0.0, seconds * (job.file_bytes / job.bytes_read - 1)))
+
+
+def expires_at(job: BatchJob) -> datetime | None:
+    """When its files go; None while it is not finished, or when they have gone."""
+    is_kept = job.finished_at and job.folder
+    return job.finished_at + timedelta(days=settings.BATCH_KEEP_DAYS) if is_kept else None
+
+
+# --- What came of it --------------------------------------------------------------------------------------
+
+
+def result(job: BatchJob) -> tuple[int, Iterator[bytes]]:
+    """The bytes of the result, and how many they are. Raises NotFinished, Gone."""
+    if not job.is_finished:
+        raise NotFinished(f"Job {job.pk} is {job.state}; its result is there when it has succeeded.")
+    if job.state != BatchJob.State.SUCCEEDED:
+        raise NotFinished(f"Job {job.pk} has no result: it is {job.state}. {job.problem}".strip())
+    names = [job_files.HEADER, *job.parts.order_by("number").values_list("file", flat=True)]
+    return _contents(job, names)
+
+
+def errors(job: BatchJob) -> tuple[int, Iterator[bytes]]:
+    """The bytes of the CSV of what is wrong with the file, and how many they are. Raises NotFinished, Gone."""
+    if job.checked_at is None and not job.is_finished:
+        raise NotFinished(f"Job {job.pk} is {job.state}; what is wrong is known when every row has been looked at.")
+    if job.folder and not job_files.path(job.folder, job_files.ERRORS).exists():
+        raise NotFinished(f"Job {job.pk} ended before every row had been looked at. {job.problem}".strip())
+    return _contents(job, [job_files.ERRORS])
+
+
+def first_errors(job: BatchJob, most: int) -> list[dict[str, Any]]:
+    """The first lines of the same as dicts of line, column, value and reason. Raises NotFinished, Gone."""
+    errors(job)
+    with job_files.path(job.folder, job_files.ERRORS).open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        return [{**row, "line": int(row["line"])} for row, _ in zip(rows, range(most), strict=False)]
+
+
+def _contents(job: BatchJob, names: list[str]) -> tuple[int, Iterator[bytes]]:
+    gone = Gone(f"The files of job {job.pk} are gone: they are kept for {settings.BATCH_KEEP_DAYS} days.")
+    if not job.folder:
+        raise gone
+    paths = [job_files.path(job.folder, name) for name in names]
+    try:
+        size = sum(path.stat().st_size for path in paths)
+    except FileNotFoundError:
+        raise gone from None
+
+    def read() -> Iterator[bytes]:
+        for path in paths:
+            with path.open("rb") as file:
+                while block := file.read(job_files.BLOCK):
+                    yield block
+
+    return size, read()
+
+
+# --- Working ----------------------------------------------------------------------------------------------
+
+
+def claim() -> BatchJob | None:
+    """A job for this worker, from now on its own; None when there is nothing to do."""
+    if not BatchJob.objects.free().exists():
+        return None
+    with transaction.atomic():
+        job = BatchJob.objects.free().select_for_update(skip_locked=True).order_by("pk").first()
+        if job is None:
+            return None
+        job.turn += 1
+        job.fruitless_turns += 1
+        job.started_at = job.started_at or timezone.now()
+        BatchJob.objects.filter(pk=job.pk).update(
+            turn=job.turn,
+            fruitless_turns=job.fruitless_turns,
+            started_at=job.started_at,
+            lease_until=_from_now(),
+        )
+    return job
+
+
+def release(job: BatchJob, **more: Any) -> None:
+    """Leave a job to whichever worker comes first."""
+    BatchJob.objects.unfinished().filter(pk=job.pk, turn=job.turn).update(**{"lease_until": None, **more})
+
+
+def run(job: BatchJob, is_stopping: Callable[[], bool] = lambda: False) -> None:
+    """Go on with a claimed job until it has ended, is lost to another, or the worker stops.
+
+    Raises django.db.Error, after which the job is still this worker's, and `release` lets others go on with it.
+    """
+    try:
+        if job.fruitless_turns > MOST_FRUITLESS_TURNS:
+            raise BatchError(f"{job.problem or 'Its workers died.'} It was tried {MOST_FRUITLESS_TURNS} times.")
+        _Run(job, is_stopping).work()
+    except _Lost:
+        logger.info("Job %s was cancelled or taken over.", job.pk)
+    except _Stopped:
+        release(job, fruitless_turns=0)
+    except BadRows as error:
+        first = error.problems[0]
+        _fail(job, f"Line {first.line}: {first.message}")
+    except (BatchError, PredictionError) as error:
+        _fail(job, str(error))
+    except (DatabaseError, InterfaceError):
+        raise
+    except Exception as error:
+        logger.exception("Job %s was interrupted, and will be tried again.", job.pk)
+        again = _from_now(RETRY_SECONDS * job.fruitless_turns)
+        release(job, problem=f"It was interrupted: {error}.", lease_until=again)
+
+
+def _fail(job: BatchJob, problem: str) -> None:
+    mine = BatchJob.objects.unfinished().filter(pk=job.pk, turn=job.turn)
+    mine.update(state=BatchJob.State.FAILED, problem=problem, finished_at=timezone.now(), lease_until=None)
+    logger.warning("Job %s failed: %s", job.pk, problem)
+
+
+class _Run:
+    """One worker's turn at a job."""
+
+    def __init__(self, job: BatchJob, is_stopping: Callable[[], bool]):
+        self._job = job
+        self._is_stopping = is_stopping
+        self._renewed = time.monotonic()
+        self._algorithm: MLAlgorithm = job.parent_mlalgorithm
+
+    def work(self) -> None:
+        if self._job.checked_at is None:
+            self._check()
+        self._score()
+        self._change(state=BatchJob.State.SUCCEEDED, problem="", finished_at=timezone.now(), lease_until=None)
+        logger.info("Job %s has scored %s customers.", self._job.pk, f"{self._job.rows_scored:,}")
+        job_files.path(self._job.folder, job_files.INPUT).unlink(missing_ok=True)
+
+    def _check(self) -> None:
+        """Look at every row, before any is scored, and write down what is wrong."""
+        job = self._job
+        self._change(state=BatchJob.State.CHECKING, bytes_read=0)
+        refused = rows = 0
+        broken: BadRows | None = None
+        with self._table() as (raw, source), _errors_file(job) as write_errors:
+            scorer = Scorer(self._algorithm, source.layout)
+            try:
+                for chunk in source.chunks(PART_ROWS):
+                    checked = scorer.check(chunk)
+                    write_errors(checked.problems)
+                    rows += len(chunk)
+                    refused += len(chunk) - len(checked.rows)
+                    self._stay(bytes_read=raw.tell(), rows_refused=refused)
+            except BadRows as error:  # what follows cannot be read
+                write_errors(error.problems)
+                broken = error
+        if broken:
+            raise broken
+        self._change(rows_total=rows, rows_refused=refused)
+        if refused and job.on_error == BatchJob.OnError.FAIL:
+            raise BatchError(f"{refused:,} of {rows:,} rows cannot be scored; nobody was scored or logged.")
+        with job_files.published(job.folder, job_files.HEADER) as file:
+            file.write(AnsweredCsv(source.layout, with_ids=self._is_logged).header().encode())
+        self._change(checked_at=timezone.now(), bytes_read=0, fruitless_turns=0)
+
+    def _score(self) -> None:
+        self._change(state=BatchJob.State.SCORING)
+        job = self._job
+        number = job.parts.count()
+        if job.rows_read == job.rows_total:
+            return
+        with self._table() as (raw, source):
+            scorer = Scorer(self._algorithm, source.layout)
+            answered = AnsweredCsv(source.layout, with_ids=self._is_logged)
+            for chunk in source.chunks(PART_ROWS, skip=job.rows_read):
+                if self._is_stopping():
+                    raise _Stopped
+                self._do_part(number, len(chunk), scorer, scorer.check(chunk), answered, raw.tell())
+                number += 1
+
+    def _do_part(
+        self, number: int, rows: int, scorer: Scorer, checked: Checked, answered: AnsweredCsv, bytes_read: int
+    ) -> None:
+        began = time.perf_counter()
+        job = self._job
+        results = scorer.answer(checked)
+        elapsed_ms = (time.perf_counter() - began) * 1000
+        requests = []
+        if self._is_logged:
+            requests = prepared(_requests(self._algorithm, scorer.schema.names, checked, results, elapsed_ms))
+        histogram = _added(job.histogram, [result["probability"] for result in results])
+        # A worker that was taken for dead may come back, and must not write over another one's part.
+        name = f"part-{number:06d}-{job.turn}.csv"
+
+        def write() -> None:
+            with transaction.atomic():
+                self._change(
+                    rows_read=job.rows_read + rows,
+                    rows_scored=job.rows_scored + len(results),
+                    bytes_read=bytes_read,
+                    histogram=histogram,
+                    fruitless_turns=0,
+                    problem="",
+                    lease_until=_from_now(),
+                )
+                answers: Any = [(result["probability"], result["label"]) for result in results]
+                if self._is_logged:
+                    ids = insert_prepared(requests)
+                    answers = [(pk, *answer) for pk, answer in zip(ids, answers, strict=True)]
+                with job_files.published(job.folder, name) as file:
+                    file.write(answered.body(checked.rows, answers).encode())
+                BatchPart.objects.create(job=job, number=number, rows_read=rows, file=name)
+
+        in_turn(write)
+
+    @property
+    def _is_logged(self) -> bool:
+        return self._job.log == BatchJob.Log.ALL
+
+    @contextmanager
+    def _table(self) -> Iterator[tuple[BinaryIO, CsvFile]]:
+        with job_files.path(self._job.folder, job_files.INPUT).open("rb") as raw, job_files.unpacked(raw) as table:
+            yield raw, CsvFile(table)
+
+    def _stay(self, **progress: Any) -> None:
+        """Between parts: stop if told so, and now and then tell how far it is, and that the worker lives."""
+        if self._is_stopping():
+            raise _Stopped
+        if time.monotonic() - self._renewed > min(1, settings.BATCH_LEASE_SECONDS / 4):
+            self._change(lease_until=_from_now(), **progress)
+            self._renewed = time.monotonic()
+
+    def _change(self, **fields: Any) -> None:
+        """Raises _Lost, and changes nothing, when the job is this worker's no longer."""
+        mine = BatchJob.objects.unfinished().filter(pk=self._job.pk, turn=self._job.turn)
+        if not mine.update(**fields):
+            raise _Lost
+        for name, value in fields.items():
+            setattr(self._job, name, value)
+
+
+@contextmanager
+def _errors_file(job: BatchJob) -> Iterator[Callable[[Iterable[BadLine]], None]]:
+    """A function that writes problems into the job's file of errors, which is there when all is well."""
+    with job_files.published(job.folder, job_files.ERRORS) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+        writer = csv.writer(text)
+        writer.writerow(["line", "column", "value", "reason"])
+        yield lambda problems: writer.writerows((p.line, p.field, p.value, p.message) for p in problems)
+        text.detach()
+
+
+def _requests(
+    algorithm: MLAlgorithm,
+    names: Sequence[str],
+    checked: Checked,
+    results: Sequence[dict[str, Any]],
+    elapsed_ms: float,
+) -> list[NewRequest]:
+    now = timezone.now()
+    columns = [[_as_parsed(value) for value in column] for column in checked.columns]
+    return [
+        NewRequest(
+            input_data=dict(zip(names, values, strict=True)),
+            full_response=result,
+            response=result["label"],
+            probability=result["probability"],
+            created_at=now,
+            latency_ms=elapsed_ms,
+            customer_key=key,
+            parent_mlalgorithm_id=algorithm.pk,
+            abtest_id=None,
+        )
+        for values, result, key in zip(zip(*columns, strict=True), results, checked.keys, strict=True)
+    ]
+
+
+def _as_parsed(value: Any) -> Any:
+    """A whole number as `Column.parse` gives it, and as an upload that is answered at once records it."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _added(histogram: Sequence[int], probabilities: Sequence[float]) -> list[int]:
+    bins = np.minimum((np.array(probabilities) * BINS).astype(int), BINS - 1)
+    counted = np.bincount(bins, minlength=BINS)
+    return (counted + np.array(histogram or [0] * BINS)).tolist()
+
+
+def _from_now(seconds: float | None = None) -> Any:
+    """By the clock of the database, which is the same for all hosts."""
+    wait = settings.BATCH_LEASE_SECONDS if seconds is None else seconds
+    return ExpressionWrapper(Now() + timedelta(seconds=wait), output_field=DateTimeField())
+
+
+# --- Tidying up -------------------------------------------------------------------------------------------
+
+
+def clean(now: datetime) -> None:
+    """Remove the files of jobs that ended long ago or were cancelled, and uploads that became no job."""
+    kept_since = now - timedelta(days=settings.BATCH_KEEP_DAYS)
+    nobodys = Q(lease_until=None) | Q(lease_until__lt=Now())
+    over = Q(finished_at__lt=kept_since) | Q(nobodys, state=BatchJob.State.CANCELLED)
+    for job in BatchJob.objects.exclude(folder="").filter(over):
+        job_files.remove(job.folder)
+        job.folder = ""
+        job.save(update_fields=["folder"])
+    for found in job_files.older_than(FORGOTTEN):
+        if not BatchJob.objects.filter(folder=found.name).exists():
+            job_files.discard(found)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from typing import Any
+
+from django.core.management.base import CommandParser
+from django.db import DatabaseError, InterfaceError, connection
+from django.utils import timezone
+
+from apps.endpoints import batch_jobs
+from apps.endpoints.management.base import BaseCommand
+from apps.endpoints.models import BatchJob
+
+logger = logging.getLogger("batch_worker")
+
+POLL_SECONDS = 1
+CLEAN_SECONDS = 600
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Command(BaseCommand):
+    help = "Score the files of batch jobs, one after the other, until it is told to stop. Start as many as you like."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--once", action="store_true", help="Stop when there is nothing to do any more.")
+
+    def handle(self, *, once: bool, **options: Any) -> None:
+        stopping = threading.Event()
+        before = {number: signal.signal(number, lambda *_: stopping.set()) for number in ENDING}
+        try:
+            work(stopping, once=once)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def work(stopping: threading.Event, *, once: bool) -> None:
+    """Take job after job. A database that does not answer is waited for."""
+    job: BatchJob | None = None
+    cleaned = float("-inf")
+    while not stopping.is_set():
+        try:
+            if job is not None:  # the database failed in the middle of it
+                batch_jobs.release(job)
+            job = batch_jobs.claim()
+            if job is not None:
+                batch_jobs.run(job, stopping.is_set)
+                job = None
+                continue
+            if once:
+                return
+            if time.monotonic() - cleaned > CLEAN_SECONDS:
+                batch_jobs.clean(timezone.now())
+                cleaned = time.monotonic()
+        except (DatabaseError, InterfaceError) as error:
+            logger.error("The database does not answer (%s); trying again.", str(error).strip())
+            connection.close()
+            if once:
+                raise
+        stopping.wait(POLL_SECONDS)
