@@ -16,11 +16,13 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,10 +49,40 @@ IS_LINUX = sys.platform == "linux"
 THROUGH_THE_ROOT = {"formatters": {}, "handlers": {}, "loggers": {"_granian": {"propagate": True}}}
 
 
+class BatchWorkers:
+    """The processes that score batch jobs. They end by themselves when this process has died."""
+
+    def __init__(self, wanted: int):
+        self._command = [sys.executable, str(Path(__file__).with_name("manage.py")), "batch_worker"]
+        self._command += ["--parent", str(os.getpid())]
+        self._began = [float("-inf")] * wanted
+        self._running: list[subprocess.Popen | None] = [None] * wanted
+
+    def see_to(self) -> None:
+        """Start those that do not run; one that died soon after its start may do so again, and waits a little."""
+        for index, process in enumerate(self._running):
+            is_over = process is None or process.poll() is not None
+            if is_over and time.monotonic() - self._began[index] > 5:
+                self._began[index] = time.monotonic()
+                self._running[index] = subprocess.Popen(self._command)
+
+    def stop(self) -> None:
+        """Let each finish the part that it is at; what is left of its job goes to whoever comes next."""
+        running = [process for process in self._running if process is not None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
 class Server(Granian):
     """granian, as this product needs it: quick at Ctrl-C, and never tired of replacing a process that died."""
 
-    def __init__(self, application: str, host: str, port: int, workers: int, threads: int):
+    def __init__(self, application: str, host: str, port: int, workers: int, threads: int, batch_workers: BatchWorkers):
+        self._batch_workers = batch_workers
         super().__init__(
             application,
             host,
@@ -105,6 +137,7 @@ class Server(Granian):
                 self._respawn_workers([index], spawn_target, target_loader)
             if self.reload_signal:
                 self._reload(spawn_target, target_loader)
+            self._batch_workers.see_to()
             # At most a second, since a signal may come between the question and the waiting.
             self.main_loop_interrupt.wait(1)
             self.main_loop_interrupt.clear()
@@ -224,6 +257,7 @@ def main(application: str = "server.wsgi") -> None:
         # Before any process is started, so that a setting that cannot be read stops it with a sentence.
         logging_config = settings.LOGGING
         asked = serving.wanted()
+        batch_workers = BatchWorkers(serving.batch_workers())
     except ImproperlyConfigured as error:
         sys.exit(str(error))
     refuse_busy(asked.host, asked.port)
@@ -231,10 +265,13 @@ def main(application: str = "server.wsgi") -> None:
         asked = asked._replace(workers=1)  # all that granian can do there
     if CAN_MASK:
         block_signals_at_fork()
-    server = Server(application, *asked)
+    server = Server(application, *asked, batch_workers)
     logging.config.dictConfig(logging_config)
     loader = partial(load, application, asked.address, multiprocessing.Lock())
-    server.serve(partial(work, asked.host, asked.port), loader, wrap_loader=False)
+    try:
+        server.serve(partial(work, asked.host, asked.port), loader, wrap_loader=False)
+    finally:
+        batch_workers.stop()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ def wanted() -> Serving:
     )
 
 
+def batch_workers() -> int:
+    """How many processes beside the server score batch jobs. Raises ImproperlyConfigured."""
+    return env.number("BATCH_WORKERS", 1, least=0)
+
+
 def announce(address: str) -> None:
     """Say where to look: on the console in development, else in the log."""
     if not settings.DEBUG:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -30,38 +31,63 @@ def binaries() -> Path | None:
     return Path(on_path).resolve().parent if on_path else None
 
 
+class Cluster:
+    """A server with its data in a folder. url: the server's, without a database's name."""
+
+    def __init__(self, folder: Path, durable: bool):
+        programs = binaries()
+        if programs is None:
+            raise RuntimeError(HOW_TO_GET)
+        # PostgreSQL refuses to run as root.
+        self._as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        self._programs, self._data, self._log = programs, folder / "data", folder / "log"
+        port = free_port()
+        self._settings = f"-p {port} -k {folder} -c fsync={'on' if durable else 'off'} -c max_connections=200"
+        self.url = f"postgresql://postgres@127.0.0.1:{port}"
+        if self._as_user:
+            shutil.chown(folder, "postgres")
+        folder.chmod(0o755)
+        self._run("initdb", "-A", "trust", "-U", "postgres", "-E", "UTF8")
+
+    def start(self) -> None:
+        self._run("pg_ctl", "-w", "-o", self._settings, "-l", str(self._log), "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-w", "-m", "immediate", "stop")
+
+    def kill(self) -> None:
+        """kill -9 of every process of the server."""
+        first = int((self._data / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        for process in [first, *map(int, children)]:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [*self._as_user, str(self._programs / program), "-D", str(self._data), *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def cluster(durable: bool = False) -> Iterator[Cluster]:
+    """A running server of one's own. Unless durable, a power failure may damage it."""
+    folder = Path(tempfile.mkdtemp(prefix="retention-postgresql-"))
+    try:
+        server = Cluster(folder, durable)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def running(durable: bool = False) -> Iterator[str]:
     """Yields the server's URL, without a database's name. Unless durable, a power failure may damage it."""
-    programs = binaries()
-    if programs is None:
-        raise RuntimeError(HOW_TO_GET)
-    # PostgreSQL refuses to run as root.
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    folder = Path(tempfile.mkdtemp(prefix="retention-postgresql-"))
-    data, port = folder / "data", free_port()
-    if as_user:
-        shutil.chown(folder, "postgres")
-    folder.chmod(0o755)
-
-    def control(*arguments: str) -> None:
-        command = [*as_user, str(programs / "pg_ctl"), "-D", str(data), "-w", *arguments]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-    try:
-        subprocess.run(
-            [*as_user, str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "postgres", "-E", "UTF8"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        settings = f"-p {port} -k {folder} -c fsync={'on' if durable else 'off'} -c max_connections=200"
-        control("-o", settings, "-l", str(folder / "log"), "start")
-        try:
-            yield f"postgresql://postgres@127.0.0.1:{port}"
-        finally:
-            control("-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with cluster(durable) as server:
+        yield server.url
 
 
 def new_database(url: str) -> str:

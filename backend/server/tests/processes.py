@@ -61,7 +61,8 @@ class Server:
 
 def environment(database_url: str, artifacts_dir: Path, **more: str) -> dict[str, str]:
     """The environment of a server of its own: nothing of the test run's settings reaches it."""
-    return {**outside_world(), "DATABASE_URL": database_url, "ML_ARTIFACTS_DIR": str(artifacts_dir), **more}
+    ours = {"DATABASE_URL": database_url, "ML_ARTIFACTS_DIR": str(artifacts_dir), "BATCH_WORKERS": "0"}
+    return {**outside_world(), **ours, **more}
 
 
 def outside_world() -> dict[str, str]:

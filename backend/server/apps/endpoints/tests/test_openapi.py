@@ -7,6 +7,7 @@ import re
 
 import pytest
 import schemathesis
+from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.management import call_command
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
@@ -56,6 +57,11 @@ class TestTheDescription:
             ("GET", "/api/v1/mlalgorithmstatuses"),
             ("POST", "/api/v1/mlalgorithmstatuses"),
             ("GET", "/api/v1/mlalgorithmstatuses/{id}"),
+            ("GET", "/api/v1/batch-jobs"),
+            ("GET", "/api/v1/batch-jobs/{id}"),
+            ("DELETE", "/api/v1/batch-jobs/{id}"),
+            ("GET", "/api/v1/batch-jobs/{id}/result"),
+            ("GET", "/api/v1/batch-jobs/{id}/errors"),
             ("GET", "/api/v1/mlrequests"),
             ("GET", "/api/v1/mlrequests/{id}"),
             ("PUT", "/api/v1/mlrequests/{id}"),
@@ -141,8 +147,14 @@ def existing(api, algorithms, customer) -> dict[str, int | str]:
     forest, tree = algorithms["random_forest"], algorithms["decision_tree"]
     body = {"title": "T", "parent_mlalgorithm_1": forest.pk, "parent_mlalgorithm_2": tree.pk}
     test = api.post("/api/v1/abtests", body).json()["id"]
+    file = SimpleUploadedFile("customers.csv", make_customers(3).to_csv(index=False).encode())
+    job = api.post("/api/v1/batch-predict", {"file": file, "mode": "async"}, format="multipart").json()["id"]
+    call_command("batch_worker", once=True)
     return {
         PREDICT: "classifier",
+        "/api/v1/batch-jobs/{id}": job,
+        "/api/v1/batch-jobs/{id}/result": job,
+        "/api/v1/batch-jobs/{id}/errors": job,
         "/api/v1/endpoints/{id}": forest.parent_endpoint_id,
         "/api/v1/mlalgorithms/{id}": forest.pk,
         "/api/v1/mlalgorithmstatuses/{id}": forest.statuses.get(active=True).pk,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -26,15 +27,24 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--once", action="store_true", help="Stop when there is nothing to do any more.")
+        parser.add_argument("--parent", type=int, metavar="PID", help="Stop when this parent process is gone.")
 
-    def handle(self, *, once: bool, **options: Any) -> None:
+    def handle(self, *, once: bool, parent: int | None, **options: Any) -> None:
         stopping = threading.Event()
+        if parent is not None:
+            threading.Thread(target=_stop_with, args=[parent, stopping], daemon=True).start()
         before = {number: signal.signal(number, lambda *_: stopping.set()) for number in ENDING}
         try:
             work(stopping, once=once)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _stop_with(parent: int, stopping: threading.Event) -> None:
+    while os.getppid() == parent:  # on Windows it never changes
+        time.sleep(0.5)
+    stopping.set()
 
 
 def work(stopping: threading.Event, *, once: bool) -> None:
