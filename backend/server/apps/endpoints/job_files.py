@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -20,6 +21,7 @@ from django.core.files.uploadedfile import UploadedFile
 from apps.endpoints.csv_file import BatchError
 
 INPUT, HEADER, ERRORS = "input", "header.csv", "errors.csv"
+UPLOAD = ".upload"
 GZIP_MAGIC = b"\x1f\x8b"
 BLOCK = 2**20
 
@@ -113,11 +115,12 @@ def discard(found: Path) -> None:
 
 
 def older_than(seconds: float) -> Iterator[Path]:
-    """The folders and uploads that nothing was written to for so long."""
+    """The jobs' folders and the uploads that nothing was written to for so long; never anybody else's files."""
     before = time.time() - seconds
-    for found in [*_root().glob("*"), *(_root() / "uploads").glob("*")]:
+    folders = (path for path in _root().glob("*") if re.fullmatch("[0-9a-f]{32}", path.name))
+    for found in [*folders, *(_root() / "uploads").glob(f"*{UPLOAD}")]:
         with suppress(FileNotFoundError):
-            if found.name != "uploads" and found.stat().st_mtime < before:
+            if found.stat().st_mtime < before:
                 yield found
 
 

@@ -70,7 +70,7 @@ class _Upload(TemporaryUploadedFile):
     """On the disk where jobs keep their files, so that one that becomes a job need not be copied."""
 
     def __init__(self, name: str, content_type: str, size: int, charset: str | None, content_type_extra: Any):
-        file = tempfile.NamedTemporaryFile(dir=job_files.uploads())  # noqa: SIM115
+        file = tempfile.NamedTemporaryFile(dir=job_files.uploads(), suffix=job_files.UPLOAD)  # noqa: SIM115
         UploadedFile.__init__(self, file, name, content_type, size, charset, content_type_extra)
 
 

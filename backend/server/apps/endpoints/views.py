@@ -9,6 +9,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import SuspiciousOperation
+from django.core.files.uploadhandler import MemoryFileUploadHandler
 from django.db import DatabaseError, InterfaceError
 from django.http import Http404, HttpRequest, HttpResponse, QueryDict, StreamingHttpResponse
 from django.urls import reverse
@@ -293,7 +294,8 @@ class BatchPredictView(Api, APIView):
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
-        request._request.upload_handlers.append(UploadOnDisk(request._request))
+        plain = request._request
+        plain.upload_handlers = [MemoryFileUploadHandler(plain), UploadOnDisk(plain)]
 
     def max_bytes(self) -> int:
         return settings.BATCH_MAX_BYTES

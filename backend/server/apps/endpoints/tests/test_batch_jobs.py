@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -101,6 +102,20 @@ class TestALargerUpload:
         settings.BATCH_MAX_BYTES = 1000
 
         assert upload(api, customers).status_code == 413
+
+    def test_is_streamed_to_the_disk_on_which_jobs_keep_their_files(self, api, settings, tmp_path, monkeypatch):
+        content = make_customers(80_000).to_csv(index=False).encode()
+        assert len(content) > settings.FILE_UPLOAD_MAX_MEMORY_SIZE
+        seen = []
+        submit = batch_jobs.submit
+        monkeypatch.setattr(
+            batch_jobs, "submit", lambda file, *a, **k: seen.append(file.temporary_file_path()) or submit(file, *a, **k)
+        )
+
+        assert upload(api, content).status_code == 202
+
+        assert Path(seen[0]).parent == tmp_path / "batches" / "uploads"
+        assert [path.name for path in (tmp_path / "batches").rglob("*") if path.is_file()] == ["input"]
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -224,7 +239,7 @@ class TestAJob:
     def test_whose_files_vanish_is_tried_several_times_and_then_fails(self, api, customers, monkeypatch):
         job = submitted(api, customers)
         (Path(batch_jobs.settings.BATCH_DIR) / BatchJob.objects.get().folder / "input").unlink()
-        monkeypatch.setattr(batch_jobs, "RETRY_SECONDS", 0)
+        monkeypatch.setattr(batch_jobs, "RETRY_SECONDS", -1)
 
         work()
 
@@ -447,6 +462,34 @@ class TestTheFiles:
             assert "kept for 7 days" in response.json()["message"]
         assert api.get(job).json()["state"] == "succeeded"
         assert not [path for path in (tmp_path / "batches").rglob("*") if path.is_file()]
+
+    def test_of_uploads_that_became_no_job_go_and_nobody_else_s(self, api, customers, tmp_path):
+        root = tmp_path / "batches"
+        job = submitted(api, customers)
+        (root / "uploads").mkdir(exist_ok=True)
+        mine = [root / ("0" * 32), root / "uploads" / "x.upload"]
+        others = [root / "somebody", root / "uploads" / "notes.txt"]
+        for path in (mine[0], others[0]):
+            path.mkdir()
+        for path in (mine[1], others[1]):
+            path.touch()
+        for path in root.rglob("*"):
+            os.utime(path, (0, 0))
+
+        batch_jobs.clean(timezone.now())
+
+        assert not any(path.exists() for path in mine)
+        assert all(path.exists() for path in others)
+        work()
+        assert len(table(api.get(f"{job}/result"))) == 60
+
+    def test_of_an_upload_go_when_its_job_has_ended(self, api, customers, tmp_path):
+        submitted(api, customers)
+        submitted(api, customers.replace(b"family", b"family,"))
+
+        work()
+
+        assert not list((tmp_path / "batches").glob("*/input"))
 
 
 class TestTheList:
