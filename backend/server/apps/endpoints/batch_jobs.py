@@ -318,7 +318,7 @@ class _Run:
                     checked = scorer.check(chunk)
                     write_errors(checked.problems)
                     rows += len(chunk)
-                    refused += len(chunk) - len(checked.rows)
+                    refused += len(chunk) - len(checked.records)
                     self._stay(bytes_read=raw.tell(), rows_refused=refused)
             except BadRows as error:  # what follows cannot be read
                 write_errors(error.problems)
@@ -377,7 +377,7 @@ class _Run:
                     ids = insert_prepared(requests)
                     answers = [(pk, *answer) for pk, answer in zip(ids, answers, strict=True)]
                 with job_files.published(job.folder, name) as file:
-                    file.write(answered.body(checked.rows, answers).encode())
+                    file.write(answered.body(checked.records, answers).encode())
                 BatchPart.objects.create(job=job, number=number, rows_read=rows, file=name)
 
         in_turn(write)

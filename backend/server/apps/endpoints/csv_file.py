@@ -1,18 +1,24 @@
-"""CSV files as people send them, read row by row in memory that does not grow with the file."""
+"""CSV files as people send them, read record by record in memory that does not grow with the file."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import BinaryIO
 
 DELIMITERS = ",;\t"
 LONGEST_HEADER = 100_000
 LONGEST_LINE = 10_000_000
+LARGEST_CHUNK = 4_000_000  # characters, after which a chunk takes no further line
+
+# By delimiter, a quoted cell from end to end, in which no line ends.
+_QUOTED = {each: re.compile(rf'(?<![^{each}\n])"(?:[^"\n]++|"")*+"(?![^{each}\n])') for each in DELIMITERS}
+_QUOTED_BLANK_LINE = re.compile(r'^"\s+"$', re.MULTILINE)
 
 
 class BatchError(Exception):
@@ -47,15 +53,46 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some rows of a file, each with the line at which it begins; problems: rows that are not among them."""
+class Rows:
+    """The cells of records that have as many as the header, and what is wrong with the others.
 
-    rows: list[list[str]]
+    cells, records, lines: by row, its cells, its text, and the line at which it begins.
+    """
+
+    cells: list[list[str]]
+    records: list[str]
     lines: list[int]
     problems: list[BadLine]
 
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some records of a file, each as it stands there but for its line end, and the line at which each begins.
+
+    is_plain: each is one line, its quotes only enclose whole cells, and csv takes every cell, so that whatever reads
+    CSV finds the same cells.
+    """
+
+    layout: Layout
+    records: list[str]
+    lines: Sequence[int]
+    is_plain: bool
+
     def __len__(self) -> int:
-        return len(self.rows) + len(self.problems)
+        return len(self.records)
+
+    def rows(self) -> Rows:
+        width = len(self.layout.header)
+        rows = Rows([], [], [], [])
+        reader = csv.reader(self.records, delimiter=self.layout.delimiter, strict=True)
+        for cells, record, line in zip(reader, self.records, self.lines, strict=True):
+            if len(cells) == width:
+                rows.cells.append(cells)
+                rows.records.append(record)
+                rows.lines.append(line)
+            else:
+                rows.problems.append(BadLine(line, None, f"has {len(cells)} fields where the header has {width}"))
+        return rows
 
 
 class CsvFile:
@@ -66,58 +103,83 @@ class CsvFile:
 
     def __init__(self, file: BinaryIO):
         # What is not UTF-8 is read as surrogates, of which real UTF-8 has none: _checked finds its line and byte.
-        text = _Borrowed(file, encoding="utf-8", errors="surrogateescape", newline="")
-        lines = _checked(text)
-        blank: list[str] = []
-        first = ""
-        for first in lines:
-            if not blank:
-                mark = "\ufeff" if first.startswith("\ufeff") else ""
-                first = first.removeprefix(mark)
-            if first.strip("\r\n"):
-                break
-            blank.append(first)
-        else:
-            raise BatchError("The file is empty; the first line must name the columns.")
-        delimiter = _delimiter(first)
-        self._reader = csv.reader(chain(blank, [first], lines), delimiter=delimiter, strict=True)
-        self._rows = self._read()
-        header = next(self._rows, None)
+        self._text = _Borrowed(file, encoding="utf-8", errors="surrogateescape", newline="")
+        self._readline = partial(self._text.readline, LONGEST_LINE)
+        self._line = 1  # the number of the next
+        first = self._readline()
+        mark = "\ufeff" if first.startswith("\ufeff") else ""
+        lines = [first.removeprefix(mark)]
+        while lines[-1] and not lines[-1].strip("\r\n"):
+            lines.append(self._readline())
+        self._delimiter = _delimiter(lines[-1])
+        header = next((cells for _, _, cells in self._records(lines)), None)
         if header is None:
             raise BatchError("The file is empty; the first line must name the columns.")
-        self.layout = Layout([name.strip() for name in header[1]], delimiter, mark)
+        self.layout = Layout([name.strip() for name in header], self._delimiter, mark)
 
-    def chunks(self, size: int, *, skip: int = 0) -> Iterator[Chunk]:
-        """The rows after the first `skip` in the file's order, `size` at a time.
+    def chunks(self, size: int, skip: int = 0) -> Iterator[Chunk]:
+        """The rows in the file's order but for the first `skip`, at most `size` at a time, fewer if they are long.
 
         Raises BatchError for a file without any.
         """
-        width = len(self.layout.header)
-        is_empty = not sum(1 for _ in islice(self._rows, skip))
-        while several := list(islice(self._rows, size)):
-            is_empty = False
-            fitting = [(line, row) for line, row in several if len(row) == width]
-            yield Chunk(
-                rows=[row for _, row in fitting],
-                lines=[line for line, _ in fitting],
-                problems=[
-                    BadLine(line, None, f"has {len(row)} fields where the header has {width}")
-                    for line, row in several
-                    if len(row) != width
-                ],
-            )
+        is_empty = True
+        while (chunk := self._chunk(min(size, skip) or size)) is not None:
+            is_empty = is_empty and not chunk
+            if skip:
+                skip -= len(chunk)
+            elif chunk:
+                yield chunk
         if is_empty:
             raise BatchError("The file has a header only; add a line for each customer.")
 
-    def _read(self) -> Iterator[tuple[int, list[str]]]:
-        line = 1
+    def _chunk(self, size: int) -> Chunk | None:
+        """The records that begin on the next lines, if there are any lines."""
+        lines: list[str] = []
+        characters = 0
+        while len(lines) < size and characters < LARGEST_CHUNK and (line := self._readline()):
+            lines.append(line)
+            characters += len(line)
+        if not lines:
+            return None
+        first, after = self._line, self._line + len(lines)
+        numbers: Sequence[int] = range(first, after)
+        records = [line.rstrip("\r\n") for line in lines]
+        if any(map(str.isspace, lines)):
+            numbers = [number for number, line in enumerate(lines, first) if not _is_blank(line, self._delimiter)]
+            records = [
+                record for record, line in zip(records, lines, strict=True) if not _is_blank(line, self._delimiter)
+            ]
+        if max(map(len, lines)) < LONGEST_LINE and _are_plain(records, self._delimiter):
+            self._line = after
+            return Chunk(self.layout, records, numbers, is_plain=True)
+        chunk = Chunk(self.layout, [], [], is_plain=False)
+        for number, record, _ in self._records(lines):
+            chunk.lines.append(number)
+            chunk.records.append(record)
+            if self._line >= after:
+                break
+        return chunk
+
+    def _records(self, lines: Iterable[str]) -> Iterator[tuple[int, str, list[str]]]:
+        """By record from these lines on, its line, its text and its cells, as Python's csv reads them, all checked."""
+        text: list[str] = []
+
+        def checked() -> Iterator[str]:
+            for line in chain(lines, iter(self._readline, "")):
+                _check(line, self._line)
+                self._line += 1
+                text.append(line)
+                yield line
+
+        number = self._line
         try:
-            for row in self._reader:
-                if row and not (len(row) == 1 and row[0].isspace()):
-                    yield line, row
-                line = self._reader.line_num + 1
+            for cells in csv.reader(checked(), delimiter=self._delimiter, strict=True):
+                if cells and not (len(cells) == 1 and cells[0].isspace()):
+                    yield number, "".join(text).rstrip("\r\n"), cells
+                text.clear()
+                number = self._line
         except csv.Error as error:
-            raise BadRows([BadLine(line, None, f"is no valid CSV: {error}")]) from None
+            raise BadRows([BadLine(number, None, f"is no valid CSV: {error}")]) from None
 
 
 class _Borrowed(io.TextIOWrapper):
@@ -127,23 +189,43 @@ class _Borrowed(io.TextIOWrapper):
         pass
 
 
-def _checked(text: io.TextIOWrapper) -> Iterator[str]:
-    """The lines, each with its end, if they are text and of a length that can be held."""
-    for number, line in enumerate(iter(partial(text.readline, LONGEST_LINE), ""), start=1):
-        problem = None
-        if not line.isascii():
-            try:
-                line.encode()
-            except UnicodeEncodeError as error:
-                byte = ord(line[error.start]) - 0xDC00
-                problem = f"holds a byte that is not UTF-8 (0x{byte:02x}); save the file as UTF-8"
-        if problem is None and "\x00" in line:
-            problem = "holds a NUL character"
-        if problem is None and len(line) == LONGEST_LINE:
-            problem = f"is longer than {LONGEST_LINE:,} characters"
-        if problem is not None:
-            raise BadRows([BadLine(number, None, problem)])
-        yield line
+def _check(line: str, number: int) -> None:
+    """Raise BadRows unless a line is text and of a length that can be held."""
+    problem = None
+    if not line.isascii():
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            byte = ord(line[error.start]) - 0xDC00
+            problem = f"holds a byte that is not UTF-8 (0x{byte:02x}); save the file as UTF-8"
+    if problem is None and "\x00" in line:
+        problem = "holds a NUL character"
+    if problem is None and len(line) == LONGEST_LINE:
+        problem = f"is longer than {LONGEST_LINE:,} characters"
+    if problem is not None:
+        raise BadRows([BadLine(number, None, problem)])
+
+
+def _is_blank(line: str, delimiter: str) -> bool:
+    return line.isspace() and delimiter not in line
+
+
+def _are_plain(records: Sequence[str], delimiter: str) -> bool:
+    """Whether each of some lines is a record as `Chunk.is_plain` says, and holds nothing that would be refused."""
+    text = "\n".join(records)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+    if "\x00" in text:
+        return False
+    has_quotes = '"' in text
+    longest_cell = csv.field_size_limit()
+    for record in records:
+        if len(record) > longest_cell and (has_quotes or max(map(len, record.split(delimiter))) > longest_cell):
+            return False
+    return not has_quotes or ('"' not in _QUOTED[delimiter].sub("", text) and not _QUOTED_BLANK_LINE.search(text))
 
 
 def _delimiter(first_line: str) -> str:

@@ -387,9 +387,13 @@ class Schema:
                 break
             if column.kind == CATEGORICAL:
                 for index in np.flatnonzero(matrix[:, position] == UNSEEN_CATEGORY).tolist():
-                    unseen.setdefault(index, []).append(_not_seen(column, values[index]))
+                    unseen.setdefault(index, []).append(not_seen(column, values[index]))
         if problems:
             raise InputError(problems)
+        return self.align_encoded(matrix, unseen)
+
+    def align_encoded(self, matrix: np.ndarray, unseen: Mapping[int, Sequence[str]]) -> AlignedRows:
+        """Fill, in place, what is missing from (rows, columns) checked and encoded values, which is NaN."""
         filled = np.isnan(matrix)
         np.copyto(matrix, self._encoded_modes, where=filled)
         return AlignedRows(matrix, filled, unseen, self.columns)
@@ -420,7 +424,7 @@ class Schema:
             except ValueError:
                 return None
             if column.kind == CATEGORICAL and numbers[-1] == UNSEEN_CATEGORY:
-                unseen.append(_not_seen(column, value))
+                unseen.append(not_seen(column, value))
         return AlignedRows(
             np.array([numbers], dtype=np.float64),
             np.frombuffer(filled, dtype=np.bool_).reshape(1, -1),
@@ -626,7 +630,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _not_seen(column: Column, value: str) -> str:
+def not_seen(column: Column, value: str) -> str:
     return f"{column.name}: {_shown(value)} was not seen in training, scored as unknown"
 
 

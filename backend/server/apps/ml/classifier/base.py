@@ -129,7 +129,12 @@ class RetentionClassifier:
     def postprocessing(self, prediction: np.ndarray) -> dict[str, Any]:
         """The answer for one row of `predict`: (2,) probabilities, label "1" above 0.5."""
         probability = float(prediction[1])
-        return {"probability": probability, "label": "1" if probability > THRESHOLD else "0", "status": "OK"}
+        return {"probability": probability, "label": _label(probability), "status": "OK"}
+
+    def labelled(self, predictions: np.ndarray) -> list[tuple[float, str]]:
+        """Probability and label, as `postprocessing` says them, for all rows of `predict`."""
+        probabilities = predictions[:, 1].tolist()
+        return list(zip(probabilities, map(_label, probabilities), strict=True))
 
     def compute_prediction(
         self, input_data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | pd.DataFrame
@@ -145,3 +150,7 @@ class RetentionClassifier:
             if warnings:
                 answer["warnings"] = warnings
         return answers[0] if isinstance(input_data, Mapping) else answers
+
+
+def _label(probability: float) -> str:
+    return "1" if probability > THRESHOLD else "0"

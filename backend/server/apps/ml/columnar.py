@@ -1,0 +1,140 @@
+"""The cells of a CSV by columns: what is plainly right is read by pyarrow, beside which other threads can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from apps.ml.schema import (
+    LARGEST_NUMBER,
+    MAX_KEY_LENGTH,
+    MISSING_IN_FILES,
+    NUMERIC,
+    UNSEEN_CATEGORY,
+    AlignedRows,
+    Schema,
+    not_seen,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BYTE_ORDER_MARK = "\ufeff"
+_BLOCK_BYTES = 2**28  # of more than one block pyarrow would make columns in pieces; records come in less
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The cells of some rows that can be scored: aligned, and as they were sent.
+
+    read: by name, the columns that the model and the identifier need. values: of each column that is no number, the
+    value of each distinct cell.
+    """
+
+    schema: Schema
+    aligned: AlignedRows
+    read: Mapping[str, pa.Array]
+    values: Mapping[str, Sequence[Any]]
+
+    def columns(self) -> list[list[Any]]:
+        """By column of the model its values, None where one is missing."""
+        return [
+            self.read[name].to_pylist()
+            if name not in self.values
+            else list(map(self.values[name].__getitem__, self.read[name].indices.to_pylist()))
+            for name in self.schema.names
+        ]
+
+    def keys(self) -> list[str]:
+        """The customers."""
+        if self.schema.identifier not in self.read:
+            return [""] * len(self.aligned.matrix)
+        return self.schema.customer_keys(self.read[self.schema.identifier].to_pylist())
+
+
+class CellReader:
+    """Reads records that are laid out in one way. Safe to use from many threads.
+
+    header: names all columns of the model, and none of these twice.
+    """
+
+    def __init__(self, schema: Schema, header: Sequence[str], delimiter: str):
+        import pyarrow as pa
+        from pyarrow import csv
+
+        self._schema = schema
+        self._names = [name for name in (*schema.names, schema.identifier) if name in header]
+        # By position, as other columns may share a name.
+        positions = [str(header.index(name)) for name in self._names]
+        types = {NUMERIC: pa.float64()}
+        kinds = [types.get(column.kind, pa.dictionary(pa.int32(), pa.string())) for column in schema.columns]
+        self._options = {
+            "read_options": csv.ReadOptions(
+                column_names=[str(position) for position in range(len(header))],
+                use_threads=False,
+                block_size=_BLOCK_BYTES,
+            ),
+            "parse_options": csv.ParseOptions(delimiter=delimiter),
+            "convert_options": csv.ConvertOptions(
+                column_types=dict(zip(positions, [*kinds, pa.string()], strict=False)),
+                include_columns=positions,
+                null_values=sorted(MISSING_IN_FILES),
+                check_utf8=False,
+            ),
+        }
+
+    def read(self, records: Sequence[str]) -> Cells | None:
+        """The cells of some lines that any reader of CSV splits alike; None if anything is wrong or doubtful."""
+        import pyarrow as pa
+        from pyarrow import csv
+
+        text = "\n".join(records)
+        if text.startswith(_BYTE_ORDER_MARK):  # here it is part of a cell, and pyarrow would drop it
+            return None
+        try:
+            table = csv.read_csv(pa.BufferReader(text.encode()), **self._options)
+        except pa.ArrowInvalid:
+            return None
+        if table.num_rows != len(records):
+            return None
+        read = {name: column.chunk(0) for name, column in zip(self._names, table.columns, strict=True)}
+        if self._schema.identifier in read and _longest(read[self._schema.identifier]) > MAX_KEY_LENGTH:
+            return None
+        matrix = np.empty((len(records), len(self._schema.columns)))
+        values: dict[str, list[Any]] = {}
+        unseen: dict[int, list[str]] = {}
+        try:
+            for position, column in enumerate(self._schema.columns):
+                cells = read[column.name]
+                if column.kind == NUMERIC:
+                    matrix[:, position] = _numbers(cells)
+                    continue
+                distinct = column.parse_all(cells.dictionary.to_pylist(), MISSING_IN_FILES)
+                encoded, problems = column.encode_all(distinct)
+                if problems:
+                    return None
+                codes = cells.indices.to_numpy()
+                matrix[:, position] = encoded[codes]
+                values[column.name] = distinct
+                for row in np.flatnonzero(matrix[:, position] == UNSEEN_CATEGORY).tolist():
+                    unseen.setdefault(row, []).append(not_seen(column, distinct[codes[row]]))
+        except ValueError:
+            return None
+        return Cells(self._schema, self._schema.align_encoded(matrix, unseen), read, values)
+
+
+def _numbers(cells: pa.Array) -> np.ndarray:
+    """(rows,) float64, NaN where a cell is missing. Raises ValueError where one cannot be scored."""
+    numbers = cells.fill_null(np.nan).to_numpy()
+    if cells.null_count < len(cells) - np.count_nonzero(np.abs(numbers) <= LARGEST_NUMBER):
+        raise ValueError("NaN, infinite or too large")
+    return numbers
+
+
+def _longest(cells: pa.Array) -> int:
+    """The number of bytes of the longest cell, which has no more characters."""
+    _, offsets, _ = cells.buffers()
+    return int(np.diff(np.frombuffer(offsets, dtype=np.int32)[: len(cells) + 1]).max())
