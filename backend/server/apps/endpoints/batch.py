@@ -244,7 +244,7 @@ def score_file(
             return len(chunk), checked.problems, ""
         return len(chunk), [], answered.body(checked.records, scorer.label(checked))
 
-    with closing(_in_order(answer, source.chunks(CHUNK_ROWS), min(os.cpu_count() or 1, MOST_THREADS))) as answers:
+    with closing(in_order(answer, source.chunks(CHUNK_ROWS), min(os.cpu_count() or 1, MOST_THREADS))) as answers:
         for rows, found, text in answers:
             problems += found
             if len(problems) >= MOST_PROBLEMS:
@@ -257,8 +257,8 @@ def score_file(
     return algorithm, scored
 
 
-def _in_order(work: Callable[[Chunk], Result], chunks: Iterable[Chunk], threads: int) -> Iterator[Result]:
-    """What several threads make of the chunks, in their order; few chunks are held at a time.
+def in_order(work: Callable[[Chunk], Result], chunks: Iterable[Chunk], threads: int) -> Iterator[Result]:
+    """What some threads make of the chunks, in their order, while the caller goes on; few chunks are held at a time.
 
     Where the chunks end in a BatchError, it is raised after what was made of those before.
     """

@@ -11,9 +11,10 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,8 +26,8 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from apps.endpoints import job_files, prediction
-from apps.endpoints.batch import AnsweredCsv, Checked, Scorer
-from apps.endpoints.csv_file import BadLine, BadRows, BatchError, CsvFile
+from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, Checked, Scorer, in_order
+from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile
 from apps.endpoints.journal import NewRequest, insert_prepared, prepared
 from apps.endpoints.models import BatchJob, BatchPart, MLAlgorithm
 from apps.endpoints.prediction import PredictionError, Wanted
@@ -288,6 +289,16 @@ def _forget_upload(job: BatchJob) -> None:
     job_files.path(job.folder, job_files.INPUT).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What is to be written of a stretch of rows. records, answers: of those that could be scored."""
+
+    rows_read: int
+    records: list[str]
+    answers: list[tuple[float, str]]
+    requests: list[list[Any]]
+
+
 class _Run:
     """One worker's turn at a job."""
 
@@ -314,7 +325,7 @@ class _Run:
         with self._table() as (raw, source), _errors_file(job) as write_errors:
             scorer = Scorer(self._algorithm, source.layout)
             try:
-                for chunk in source.chunks(PART_ROWS):
+                for chunk in source.chunks(CHUNK_ROWS):
                     checked = scorer.check(chunk)
                     write_errors(checked.problems)
                     rows += len(chunk)
@@ -341,44 +352,50 @@ class _Run:
         with self._table() as (raw, source):
             scorer = Scorer(self._algorithm, source.layout)
             answered = AnsweredCsv(source.layout, with_ids=self._is_logged)
-            for chunk in source.chunks(PART_ROWS, skip=job.rows_read):
-                if self._is_stopping():
-                    raise _Stopped
-                self._do_part(number, len(chunk), scorer, scorer.check(chunk), answered, raw.tell())
-                number += 1
+            chunks = source.chunks(PART_ROWS, skip=job.rows_read)
+            # The next part is made ready while this one is written.
+            with closing(in_order(partial(self._ready, scorer), chunks, threads=1)) as parts:
+                for part in parts:
+                    if self._is_stopping():
+                        raise _Stopped
+                    self._write(number, part, answered, bytes_read=raw.tell())
+                    number += 1
 
-    def _do_part(
-        self, number: int, rows: int, scorer: Scorer, checked: Checked, answered: AnsweredCsv, bytes_read: int
-    ) -> None:
+    def _ready(self, scorer: Scorer, chunk: Chunk) -> _Part:
         began = time.perf_counter()
-        job = self._job
+        checked = scorer.check(chunk)
         results = scorer.answer(checked)
         elapsed_ms = (time.perf_counter() - began) * 1000
         requests = []
         if self._is_logged:
             requests = prepared(_requests(self._algorithm, scorer.schema.names, checked, results, elapsed_ms))
-        histogram = _added(job.histogram, [result["probability"] for result in results])
+        answers = [(result["probability"], result["label"]) for result in results]
+        return _Part(len(chunk), checked.records, answers, requests)
+
+    def _write(self, number: int, part: _Part, answered: AnsweredCsv, bytes_read: int) -> None:
+        job = self._job
+        histogram = _added(job.histogram, [probability for probability, _ in part.answers])
         # A worker that was taken for dead may come back, and must not write over another one's part.
         name = f"part-{number:06d}-{job.turn}.csv"
 
         def write() -> None:
             with transaction.atomic():
                 self._change(
-                    rows_read=job.rows_read + rows,
-                    rows_scored=job.rows_scored + len(results),
+                    rows_read=job.rows_read + part.rows_read,
+                    rows_scored=job.rows_scored + len(part.answers),
                     bytes_read=bytes_read,
                     histogram=histogram,
                     fruitless_turns=0,
                     problem="",
                     lease_until=_from_now(),
                 )
-                answers: Any = [(result["probability"], result["label"]) for result in results]
+                answers: Sequence[Sequence[Any]] = part.answers
                 if self._is_logged:
-                    ids = insert_prepared(requests)
+                    ids = insert_prepared(part.requests)
                     answers = [(pk, *answer) for pk, answer in zip(ids, answers, strict=True)]
                 with job_files.published(job.folder, name) as file:
-                    file.write(answered.body(checked.records, answers).encode())
-                BatchPart.objects.create(job=job, number=number, rows_read=rows, file=name)
+                    file.write(answered.body(part.records, answers).encode())
+                BatchPart.objects.create(job=job, number=number, rows_read=part.rows_read, file=name)
 
         in_turn(write)
 
@@ -427,7 +444,7 @@ def _requests(
     elapsed_ms: float,
 ) -> list[NewRequest]:
     now = timezone.now()
-    columns = [[_as_parsed(value) for value in column] for column in checked.columns]
+    columns = [_as_parsed(column) for column in checked.columns]
     return [
         NewRequest(
             input_data=dict(zip(names, values, strict=True)),
@@ -444,9 +461,17 @@ def _requests(
     ]
 
 
-def _as_parsed(value: Any) -> Any:
-    """A whole number as `Column.parse` gives it, and as an upload that is answered at once records it."""
-    return int(value) if type(value) is float and value.is_integer() and abs(value) < 2**53 else value
+def _as_parsed(column: Sequence[Any]) -> Sequence[Any]:
+    """Whole numbers as `Column.parse` gives them, and as an upload that is answered at once records them."""
+    try:
+        numbers = np.array(column, dtype=np.float64)  # of None it makes NaN
+    except ValueError:
+        return column  # text
+    is_whole = (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
+    return [
+        int(value) if is_int and type(value) is float else value
+        for value, is_int in zip(column, is_whole.tolist(), strict=True)
+    ]
 
 
 def _added(histogram: Sequence[int], probabilities: Sequence[float]) -> list[int]:
