@@ -146,12 +146,9 @@ class BatchJobAdmin(HistoryAdmin):
             path("add/", self._streamed(site.admin_view(self.add_view)), name="endpoints_batchjob_add"),
             path("columns/", site.admin_view(self.columns_view), name="endpoints_batchjob_columns"),
         ]
-        for name, view in (
-            ("progress", self.progress_view),
-            ("result", self.result_view),
-            ("errors", self.errors_view),
-        ):
-            ours.append(path(f"<int:pk>/{name}/", site.admin_view(view), name=f"endpoints_batchjob_{name}"))
+        for name in ("progress", "result", "errors"):
+            view = site.admin_view(getattr(self, f"{name}_view"))
+            ours.append(path(f"<int:pk>/{name}/", view, name=f"endpoints_batchjob_{name}"))
         return ours + super().get_urls()
 
     # --- Submitting ---------------------------------------------------------------------------------------
@@ -384,6 +381,8 @@ def _how_far(job: BatchJob, pace: Pace) -> str:
         parts = [f"{job.rows_read:,} of {job.rows_total:,} rows"]
         if pace.rows_per_second:
             parts.append(f"{pace.rows_per_second:,.0f} rows per second")
+    if job.rows_refused:
+        parts.append(f"{job.rows_refused:,} refused")
     if pace.seconds_left is not None:
         parts.append(f"about {_duration(pace.seconds_left)} left")
     sentence = ", ".join(parts) + "."
@@ -413,8 +412,10 @@ def _report(job: BatchJob, now: datetime) -> dict[str, Any]:
             ("Customers scored", f"{job.rows_scored:,}"),
             ("Rows refused", f"{job.rows_refused:,}"),
             ("Rows in the file", "not known yet" if job.rows_total is None else f"{job.rows_total:,}"),
-            ("Took", _duration((job.finished_at - job.started_at).total_seconds()) if _has_run(job) else "-"),
-        ],
+            ("Took", _duration((job.finished_at - job.started_at).total_seconds()) if job.started_at else "-"),
+        ]
+        if job.is_finished
+        else [],
         "facts": [
             ("File", f"{job.file_name} ({filesizeformat(job.file_bytes)})"),
             ("Algorithm", link_to(job.parent_mlalgorithm)),
@@ -436,10 +437,6 @@ def _report(job: BatchJob, now: datetime) -> dict[str, Any]:
         },
         "errors_shown": ERRORS_SHOWN,
     }
-
-
-def _has_run(job: BatchJob) -> bool:
-    return bool(job.started_at and job.finished_at)
 
 
 def _url(name: str, job: BatchJob) -> str:
