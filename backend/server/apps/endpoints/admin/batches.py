@@ -376,7 +376,8 @@ def _how_far(job: BatchJob, pace: Pace) -> str:
     elif job.checked_at is None:
         parts = ["Checking every row before any is scored"]
         if job.is_finished:
-            parts = ["Not every row had been looked at when it ended"]
+            seen = "Not every row" if job.rows_total is None else "Every row"
+            parts = [f"{seen} had been looked at when it ended"]
     else:
         parts = [f"{job.rows_read:,} of {job.rows_total:,} rows"]
         if pace.rows_per_second:

@@ -306,6 +306,7 @@ def test_a_job_that_failed_says_why_and_lists_the_first_errors(submit, admin_cli
     errors = admin_client.get(page("batchjob", job, "errors"))
 
     assert "The job failed. 25 of 60 rows cannot be scored; nobody was scored or logged." in text
+    assert "Failed Every row had been looked at when it ended, 25 refused." in text
     assert text.count(" Orders many ") == 20
     assert "The first 20 are shown; the download has them all." in text
     assert "Download the result" not in text

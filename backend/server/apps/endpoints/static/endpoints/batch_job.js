@@ -17,7 +17,7 @@
         const answer = await read(window.location.href);
         const page = new DOMParser().parseFromString(await answer.text(), "text/html");
         document.getElementById("job").replaceWith(page.getElementById("job"));
-        document.querySelectorAll('a[href$="/cancel/"]').forEach((link) => link.remove());
+        document.querySelectorAll('a[href$="/cancel/"]').forEach((link) => link.closest("li").remove());
     }
 
     async function look() {
