@@ -242,7 +242,13 @@ UNFOLD = {
                     _page("Status history", "history", "mlalgorithmstatus"),
                 ],
             },
-            {"title": "Traffic", "items": [_page("Requests", "list_alt", "mlrequest")]},
+            {
+                "title": "Traffic",
+                "items": [
+                    _page("Requests", "list_alt", "mlrequest"),
+                    _page("Batch jobs", "table_view", "batchjob"),
+                ],
+            },
             {"title": "Experiments", "items": [_page("A/B tests", "science", "abtest")]},
             {
                 "title": "Access",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from conftest import require
+from conftest import make_customers, require
 from tests import processes
 
 pytestmark = [pytest.mark.whole, pytest.mark.service, pytest.mark.xdist_group("browser")]
@@ -38,6 +39,7 @@ def browser() -> Iterator[Browser]:
 
 
 def serve(folder: Path, trained: Path, **settings: str) -> Iterator[processes.Server]:
+    settings |= {"BATCH_DIR": str(folder / "batches"), "BATCH_WORKERS": "1"}
     env = processes.environment(f"sqlite:///{folder / 'admin.sqlite3'}", trained, **settings)
     processes.manage("migrate", env=env)
     processes.manage(
@@ -206,15 +208,104 @@ def test_a_token_is_made_and_seen_once(page):
     assert token not in page.content()
 
 
+def drop(page: Page, name: str, content: str) -> None:
+    """Let a file fall on the page's drop zone."""
+    dropped = page.evaluate_handle(
+        """([name, content]) => {
+            const dropped = new DataTransfer();
+            dropped.items.add(new File([content], name, { type: "text/csv" }));
+            return dropped;
+        }""",
+        [name, content],
+    )
+    for event in ("dragenter", "dragover", "drop"):
+        page.dispatch_event(".drop-zone", event, {"dataTransfer": dropped})
+
+
+def test_a_dropped_file_is_scored_and_its_result_fetched(page):
+    page.get_by_role("link", name="Batch jobs").click()
+    page.locator('a[href*="/batchjob/add/"]').first.click()
+    customers = make_customers(30_000, seed=9)
+    drop(page, "shop.csv", customers.to_csv(index=False))
+    expect(page.locator(".is-recognised li")).to_have_text(
+        ["Plan", "Orders", "RecencyDays", "MeanGapDays", "Newsletter", "CustomerId"]
+    )
+    expect(page.locator(".is-ignored li")).to_have_text(["IsRetained"])
+    page.get_by_role("button", name="Score the file").click()
+
+    page.wait_for_url("**/batchjob/*/change/")
+    page.evaluate("window.isTheSamePage = true")
+    expect(page.get_by_text("Succeeded")).to_be_visible(timeout=60_000)
+    expect(page.locator("[role=progressbar]")).to_have_attribute("aria-valuenow", "100.0")
+    expect(page.locator(".job-sentence")).to_contain_text("30,000 of 30,000 rows")
+    expect(page.get_by_role("link", name="Cancel")).to_have_count(0)
+    assert page.evaluate("window.isTheSamePage")
+
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download the result").click()
+    assert download.value.suggested_filename == "shop-scored.csv"
+    with download.value.path().open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["CustomerId"] for row in rows] == list(customers["CustomerId"])
+    likely = sum(float(row["probability"]) >= 0.9 for row in rows)
+    expect(page.locator("tr.data-row", has_text="0.9 to 1.0")).to_contain_text(f"{likely:,}")
+
+
+def test_a_file_without_a_column_cannot_be_sent(page):
+    page.goto("/admin/endpoints/batchjob/add/")
+    table = make_customers(5)
+
+    drop(page, "shop.csv", table.rename(columns={"RecencyDays": "Recency_Days"}).to_csv(index=False))
+    expect(page.locator(".columns .problem")).to_contain_text("lacks the columns RecencyDays (is it Recency_Days?)")
+    expect(page.locator(".is-missing li")).to_have_text(["RecencyDays: is it Recency_Days?"])
+    expect(page.get_by_role("button", name="Score the file")).to_be_disabled()
+
+    drop(page, "shop.csv", table.to_csv(index=False))
+    expect(page.locator(".columns .problem")).to_have_count(0)
+    expect(page.get_by_role("button", name="Score the file")).to_be_enabled()
+
+
+def test_bad_rows_are_listed_on_the_page_of_the_job(page):
+    table = make_customers(50).astype({"Orders": str})
+    table.loc[3, "Orders"] = "many"
+    page.goto("/admin/endpoints/batchjob/add/")
+    page.locator("input[type=file]").set_input_files(
+        {"name": "bad.csv", "mimeType": "text/csv", "buffer": table.to_csv(index=False).encode()}
+    )
+    page.get_by_role("button", name="Score the file").click()
+
+    expect(page.get_by_role("alert")).to_contain_text("1 of 50 rows cannot be scored", timeout=60_000)
+    expect(page.locator("tr.data-row")).to_contain_text("many")
+    expect(page.get_by_role("link", name="Download the errors")).to_be_visible()
+
+
+def test_a_file_is_sent_without_the_pages_own_script(browser, site):
+    page, troubles = logged_in(browser, site)
+    page.route("**/score_file.js", lambda route: route.fulfill(body="", content_type="text/javascript"))
+    page.goto("/admin/endpoints/batchjob/add/")
+    page.locator("input[type=file]").set_input_files(
+        {"name": "plain.csv", "mimeType": "text/csv", "buffer": make_customers(5).to_csv(index=False).encode()}
+    )
+    page.locator("[name=_save]").press("Enter")
+
+    expect(page).to_have_url(re.compile("/batchjob/[0-9]+/change/"))
+    assert "plain.csv" in page.content()
+    page.context.close()
+    assert troubles == []
+
+
 @pytest.mark.parametrize("width", [390, 1000, 1400])
 def test_every_page_fits_its_screen(browser, site, customer, width):
     logged = ask(site, customer)
+    customers = {"file": ("shop.csv", make_customers(50).to_csv(index=False))}
+    job = site.post("/api/v1/batch-predict?mode=async", files=customers).json()["id"]
     page, troubles = logged_in(browser, site, viewport={"width": width, "height": 850})
     paths = [
         "/admin/",
         *(f"/admin/endpoints/{model}/" for model in ("endpoint", "mlalgorithm", "mlalgorithmstatus", "abtest")),
         *("/admin/endpoints/mlrequest/", f"/admin/endpoints/mlrequest/{logged}/change/"),
         *("/admin/endpoints/mlalgorithm/1/change/", "/admin/endpoints/abtest/add/"),
+        *("/admin/endpoints/batchjob/", "/admin/endpoints/batchjob/add/", f"/admin/endpoints/batchjob/{job}/change/"),
         *("/admin/knox/authtoken/", "/admin/knox/authtoken/add/", "/admin/auth/user/", "/admin/auth/user/1/change/"),
     ]
     too_wide = []

@@ -297,16 +297,48 @@ def read_csv(file: BinaryIO, most_rows: float = math.inf) -> Table:
     return table
 
 
-def _check_columns(header: Sequence[str], schema: Schema) -> None:
-    repeated = sorted(name for name in {*schema.names, schema.identifier} if name and header.count(name) > 1)
-    if repeated:
-        raise BatchError(f"The header names {', '.join(repeated)} more than once.")
-    absent = [name for name in schema.names if name not in header]
-    if not absent:
-        return
+@dataclass(frozen=True)
+class Columns:
+    """What a file's header has of what a model reads.
+
+    missing: what the model needs, each with the name in the file that it may stand under, or None. identifier: the
+    column that names the customer, None where there is none.
+    """
+
+    recognised: list[str]
+    identifier: str | None
+    missing: dict[str, str | None]
+    ignored: list[str]
+    repeated: list[str]
+
+    @property
+    def problem(self) -> str:
+        """Why the file cannot be scored; empty when it can."""
+        if self.repeated:
+            return f"The header names {', '.join(self.repeated)} more than once."
+        if not self.missing:
+            return ""
+        hints = [f"{name} (is it {nearest}?)" if nearest else name for name, nearest in self.missing.items()]
+        return f"The file lacks the columns {', '.join(hints)}; add them, and leave cells empty where not known."
+
+
+def columns_of(header: Sequence[str], schema: Schema) -> Columns:
+    read = {*schema.names, schema.identifier}
+    missing = dict.fromkeys(name for name in schema.names if name not in header)
     others = {name.lower(): name for name in header if name not in schema.names}
-    hints = []
-    for name in absent:
+    for name in missing:
         nearest = difflib.get_close_matches(name.lower(), others, n=1)
-        hints.append(f"{name} (is it {others[nearest[0]]}?)" if nearest else name)
-    raise BatchError(f"The file lacks the columns {', '.join(hints)}; add them, and leave cells empty where not known.")
+        missing[name] = others[nearest[0]] if nearest else None
+    return Columns(
+        recognised=[name for name in schema.names if name in header],
+        identifier=schema.identifier if schema.identifier in header else None,
+        missing=missing,
+        ignored=[name for name in header if name not in read],
+        repeated=sorted(name for name in read if name and header.count(name) > 1),
+    )
+
+
+def _check_columns(header: Sequence[str], schema: Schema) -> None:
+    problem = columns_of(header, schema).problem
+    if problem:
+        raise BatchError(problem)

@@ -26,7 +26,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from apps.endpoints import job_files, prediction
-from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, Checked, Scorer, in_order
+from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, Checked, Columns, Scorer, columns_of, in_order
 from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile
 from apps.endpoints.journal import NewRequest, insert_prepared, prepared
 from apps.endpoints.models import BatchJob, BatchPart, MLAlgorithm
@@ -43,6 +43,9 @@ MOST_FRUITLESS_TURNS = 5
 RETRY_SECONDS = 10
 # Nobody writes to an upload any more, or will submit it, after so many seconds.
 FORGOTTEN = 24 * 3600
+# How much of a file is enough to know its columns, and how much of it to unpack.
+BEGINNING = 100_000
+MOST_UNPACKED = 2_000_000
 
 
 class JobError(Exception):
@@ -74,6 +77,19 @@ class _Stopped(Exception):
 
 
 # --- Submitting -------------------------------------------------------------------------------------------
+
+
+def preview(beginning: bytes, algorithm: MLAlgorithm) -> Columns:
+    """What an algorithm would read of a file, by the file's first BEGINNING bytes, or all if it has no more.
+
+    Raises BatchError, BadRows, PredictionError.
+    """
+    schema = prediction.classifier_of(algorithm).schema
+    table = job_files.unpacked_beginning(beginning, MOST_UNPACKED)
+    is_cut = len(beginning) >= BEGINNING or len(table) >= MOST_UNPACKED
+    if is_cut and b"\n" not in table and b"\r" not in table:
+        raise BatchError("The first line of the file is too long to look at; it must name the columns.")
+    return columns_of(CsvFile(io.BytesIO(table)).layout.header, schema)
 
 
 def submit(

@@ -84,7 +84,28 @@ def unpacked(raw: BinaryIO) -> Iterator[BinaryIO]:
         with gzip.open(raw) as table:
             yield table
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise BatchError(f"The file is damaged gzip: {error}. Compress it and send it again.") from None
+        raise _damaged(error) from None
+
+
+def unpacked_beginning(data: bytes, most: int) -> bytes:
+    """The table in the first bytes of a file, or as much of it as they hold; no more than `most`. Raises BatchError."""
+    if not data.startswith(GZIP_MAGIC):
+        return data[:most]
+    found = b""
+    while data and len(found) < most:  # a file may be compressed in several pieces
+        piece = zlib.decompressobj(wbits=31)
+        try:
+            found += piece.decompress(data, most - len(found))
+        except zlib.error as error:
+            if found:
+                break
+            raise _damaged(error) from None
+        data = piece.unused_data
+    return found
+
+
+def _damaged(error: Exception) -> BatchError:
+    return BatchError(f"The file is damaged gzip: {error}. Compress it and send it again.")
 
 
 @contextmanager

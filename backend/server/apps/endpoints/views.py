@@ -355,7 +355,7 @@ class BatchPredictView(Api, APIView):
         )
 
 
-def _csv(contents: tuple[int, Iterator[bytes]], file_name: str) -> StreamingHttpResponse:
+def csv_download(contents: tuple[int, Iterator[bytes]], file_name: str) -> StreamingHttpResponse:
     size, blocks = contents
     response = StreamingHttpResponse(blocks, content_type="text/csv; charset=utf-8")
     response.headers["Content-Length"] = str(size)
@@ -386,7 +386,7 @@ class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
     def result(self, request: Request, pk: str) -> StreamingHttpResponse:
         """The file with request_id, probability and label added, without the rows that were refused."""
         job = self.get_object()
-        return _csv(batch_jobs.result(job), job.download_name("scored"))
+        return csv_download(batch_jobs.result(job), job.download_name("scored"))
 
     @extend_schema(
         parameters=[OpenApiParameter("format", str, enum=["json", "csv"], description="csv for all of them")],
@@ -398,7 +398,7 @@ class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
         job = self.get_object()
         form = request.query_params.get("format", "json")
         if form == "csv":
-            return _csv(batch_jobs.errors(job), job.download_name("errors"))
+            return csv_download(batch_jobs.errors(job), job.download_name("errors"))
         if form != "json":
             raise ValidationError({"format": "Use json or csv."})
         first = batch_jobs.first_errors(job, most=MOST_ERRORS)

@@ -19,10 +19,10 @@ from knox.models import AuthToken
 from rest_framework.test import APIClient
 
 from apps.endpoints import abtests, lifecycle
-from apps.endpoints.models import ABTest, MLAlgorithm, MLAlgorithmStatus, MLRequest
+from apps.endpoints.models import ABTest, BatchJob, MLAlgorithm, MLAlgorithmStatus, MLRequest
 from conftest import status_of
 
-PAGES = ("endpoint", "mlalgorithm", "mlalgorithmstatus", "mlrequest", "abtest")
+PAGES = ("endpoint", "mlalgorithm", "mlalgorithmstatus", "mlrequest", "batchjob", "abtest")
 ANY_TEXT = st.text(max_size=30) | st.integers().map(str) | st.dates().map(str)
 
 
@@ -449,13 +449,14 @@ def test_history_cannot_be_added_edited_or_deleted_even_by_a_superuser(admin_cli
         "mlalgorithm": forest,
         "mlalgorithmstatus": forest.statuses.first(),
         "mlrequest": log(forest)[0],
+        "batchjob": BatchJob.objects.create(parent_mlalgorithm=forest, file_bytes=1),
         "abtest": test,
     }
     assert set(rows) == set(PAGES)
     for model, row in rows.items():
         assert admin_client.post(page(model, row, "delete"), {"post": "yes"}).status_code == 403
         assert type(row).objects.filter(pk=row.pk).exists()
-        if model != "abtest":
+        if model not in {"abtest", "batchjob"}:
             assert admin_client.get(page(model) + "add/").status_code == 403
         if model != "mlrequest":
             assert admin_client.post(page(model, row), {"title": "Autumn", "name": "x"}).status_code == 403
@@ -622,6 +623,7 @@ def test_a_page_asks_the_database_no_more_often_for_more_rows(admin_client, algo
             champion=first,
         )
         log(first, 3, feedback="1", abtest=test)
+        BatchJob.objects.create(parent_mlalgorithm=first, file_bytes=1)
         AuthToken.objects.create(User.objects.create_user(f"user{number}"))
 
     grow(0)
