@@ -6,7 +6,7 @@ import csv
 import difflib
 import io
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -291,10 +291,11 @@ def read_csv(file: BinaryIO) -> Table:
 
 
 def _check_columns(header: Sequence[str], schema: Schema) -> None:
-    repeated = sorted(name for name in {*schema.names, schema.identifier} if name and header.count(name) > 1)
+    count = Counter(header)
+    repeated = sorted(name for name in {*schema.names, schema.identifier} if name and count[name] > 1)
     if repeated:
         raise BatchError(f"The header names {', '.join(repeated)} more than once.")
-    absent = [name for name in schema.names if name not in header]
+    absent = [name for name in schema.names if name not in count]
     if not absent:
         return
     others = {name.lower(): name for name in header if name not in schema.names}
