@@ -7,7 +7,7 @@ import difflib
 import io
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -324,17 +324,18 @@ class Columns:
 
 def columns_of(header: Sequence[str], schema: Schema) -> Columns:
     read = {*schema.names, schema.identifier}
-    missing = dict.fromkeys(name for name in schema.names if name not in header)
+    count = Counter(header)
+    missing = dict.fromkeys(name for name in schema.names if name not in count)
     others = {name.lower(): name for name in header if name not in schema.names}
     for name in missing:
         nearest = difflib.get_close_matches(name.lower(), others, n=1)
         missing[name] = others[nearest[0]] if nearest else None
     return Columns(
-        recognised=[name for name in schema.names if name in header],
-        identifier=schema.identifier if schema.identifier in header else None,
+        recognised=[name for name in schema.names if name in count],
+        identifier=schema.identifier if schema.identifier in count else None,
         missing=missing,
         ignored=[name for name in header if name not in read],
-        repeated=sorted(name for name in read if name and header.count(name) > 1),
+        repeated=sorted(name for name in read if name and count[name] > 1),
     )
 
 

@@ -66,14 +66,14 @@ class CellReader:
         from pyarrow import csv
 
         self._schema = schema
-        self._names = [name for name in (*schema.names, schema.identifier) if name in header]
-        # By position, as other columns may share a name.
-        positions = [str(header.index(name)) for name in self._names]
+        places = {name: str(place) for place, name in enumerate(header)}
+        self._names = [name for name in (*schema.names, schema.identifier) if name in places]
+        positions = [places[name] for name in self._names]  # and not names, as other columns may share one
         types = {NUMERIC: pa.float64()}
         kinds = [types.get(column.kind, pa.dictionary(pa.int32(), pa.string())) for column in schema.columns]
         self._options = {
             "read_options": csv.ReadOptions(
-                column_names=[str(position) for position in range(len(header))],
+                column_names=[str(place) for place in range(len(header))],
                 use_threads=False,
                 block_size=_BLOCK_BYTES,
             ),
@@ -106,32 +106,29 @@ class CellReader:
         matrix = np.empty((len(records), len(self._schema.columns)))
         values: dict[str, list[Any]] = {}
         unseen: dict[int, list[str]] = {}
-        try:
-            for position, column in enumerate(self._schema.columns):
-                cells = read[column.name]
-                if column.kind == NUMERIC:
-                    matrix[:, position] = _numbers(cells)
-                    continue
+        missing = 0
+        for position, column in enumerate(self._schema.columns):
+            cells = read[column.name]
+            if column.kind == NUMERIC:
+                missing += cells.null_count
+                matrix[:, position] = (cells.fill_null(np.nan) if cells.null_count else cells).to_numpy()
+                continue
+            try:
                 distinct = column.parse_all(cells.dictionary.to_pylist(), MISSING_IN_FILES)
-                encoded, problems = column.encode_all(distinct)
-                if problems:
-                    return None
-                codes = cells.indices.to_numpy()
-                matrix[:, position] = encoded[codes]
-                values[column.name] = distinct
-                for row in np.flatnonzero(matrix[:, position] == UNSEEN_CATEGORY).tolist():
-                    unseen.setdefault(row, []).append(not_seen(column, distinct[codes[row]]))
-        except ValueError:
-            return None
+            except ValueError:
+                return None
+            encoded, problems = column.encode_all(distinct)
+            if problems:
+                return None
+            codes = cells.indices.to_numpy()
+            matrix[:, position] = encoded[codes]
+            missing += np.count_nonzero(np.isnan(encoded)[codes])
+            values[column.name] = distinct
+            for row in np.flatnonzero(matrix[:, position] == UNSEEN_CATEGORY).tolist():
+                unseen.setdefault(row, []).append(not_seen(column, distinct[codes[row]]))
+        if np.count_nonzero(np.abs(matrix) <= LARGEST_NUMBER) + missing < matrix.size:
+            return None  # a cell spells NaN, infinity or what is too large
         return Cells(self._schema, self._schema.align_encoded(matrix, unseen), read, values)
-
-
-def _numbers(cells: pa.Array) -> np.ndarray:
-    """(rows,) float64, NaN where a cell is missing. Raises ValueError where one cannot be scored."""
-    numbers = cells.fill_null(np.nan).to_numpy()
-    if cells.null_count < len(cells) - np.count_nonzero(np.abs(numbers) <= LARGEST_NUMBER):
-        raise ValueError("NaN, infinite or too large")
-    return numbers
 
 
 def _longest(cells: pa.Array) -> int:

@@ -320,7 +320,8 @@ class Schema:
 
         Whole numbers may stay floats. Raises InputError.
         """
-        positions = [header.index(name) for name in self.names]
+        places = {name: place for place, name in enumerate(header)}
+        positions = [places[name] for name in self.names]
         try:
             return [
                 column.parse_all([row[position] for row in rows], missing)

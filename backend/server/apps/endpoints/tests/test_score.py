@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,35 @@ class TestTheResult:
 
         assert twice.read_bytes() == once.read_bytes()
 
+    def test_keeps_the_lines_as_they_are_and_so_does_the_answer_to_an_upload(self, api, algorithms, tmp_path):
+        lines = [
+            '"C1","basic",2,5.0, ,True',
+            'C2,premium , 3,7e1,"NA",no',
+            '"C\n3",family,1,9,,yes',
+            "=C4,family,01,9.50,1.25,FALSE",
+        ]
+        header = "CustomerId,Plan,Orders,RecencyDays,MeanGapDays,Newsletter"
+        path = tmp_path / "customers.csv"
+        path.write_bytes("\r\n".join([header, *lines]).encode())
+
+        score(path, tmp_path / "scored.csv")
+
+        scored = (tmp_path / "scored.csv").read_bytes()
+        assert scored == uploaded(api, path)
+        rows = scored.decode().removeprefix(f"{header},probability,label\r\n").removesuffix("\r\n").split("\r\n")
+        assert [row.rsplit(",", 2)[0] for row in rows] == lines
+
+    def test_is_the_same_however_many_threads_work(self, algorithms, customers, tmp_path, monkeypatch):
+        monkeypatch.setattr(batch, "CHUNK_ROWS", 7)
+        monkeypatch.setattr(batch.os, "cpu_count", lambda: 8)
+        results = set()
+        for threads in (1, 2, 4):
+            monkeypatch.setattr(batch, "MOST_THREADS", threads)
+            score(customers, tmp_path / "scored.csv")
+            results.add((tmp_path / "scored.csv").read_bytes())
+
+        assert len(results) == 1
+
 
 class TestWhatIsRefused:
     def test_bad_lines_of_every_part_of_the_file_in_their_order(self, algorithms, customers, tmp_path, monkeypatch):
@@ -170,6 +202,40 @@ class TestWhatIsRefused:
         (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(header + b'basic,"' + b"x" * 10_000_000))
 
         assert "line 2: is longer than 50,000 characters" in refused(tmp_path / "bomb.csv.gz", tmp_path / "scored.csv")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing_behind(tmp_path, trained, number):
+    env = processes.environment(f"sqlite:///{tmp_path / 'db.sqlite3'}", trained, DEBUG="1")
+    processes.manage("migrate", env=env)
+    processes.manage("register_algorithms", env=env)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    os.mkfifo(tmp_path / "customers.csv")
+    command = [
+        sys.executable,
+        "manage.py",
+        "score",
+        str(tmp_path / "customers.csv"),
+        str(folder / "s.csv"),
+        "--log=none",
+    ]
+    with (
+        subprocess.Popen(command, cwd=processes.BACKEND, env=env, stderr=subprocess.PIPE, text=True) as running,
+        (tmp_path / "customers.csv").open("w") as customers,
+    ):
+        customers.write(make_customers(200, seed=4).to_csv(index=False))
+        customers.flush()
+        deadline = time.monotonic() + 60
+        while not list(folder.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(number)
+        said = running.stderr.read()
+
+    assert said.splitlines()[-1] == "CommandError: Interrupted; nothing was written."
+    assert "Traceback" not in said
+    assert running.returncode == 128 + number
+    assert not list(folder.iterdir())
 
 
 PEAK = """

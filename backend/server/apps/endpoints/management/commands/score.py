@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
+import signal
 import time
 import zlib
 from collections.abc import Iterator
@@ -22,6 +24,11 @@ from apps.ml.registry import DEFAULT_ENDPOINT
 
 SHOWN_PROBLEMS = 20
 GZIP = ".gz"
+READ_BYTES = 2**20  # at a time: whoever reads often lets go of the lock of Python often, and waits to get it back
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 class Command(BaseCommand):
@@ -56,7 +63,12 @@ class Command(BaseCommand):
         wanted = Wanted(status, version, algorithm, default_status=Status.PRODUCTION)
         began = time.monotonic()
         try:
-            with _reading(input) as (source, raw), _replacing(output, input) as target, _progress(raw) as progress:
+            with (
+                _told_by_sigterm(),
+                _reading(input) as (source, raw),
+                _replacing(output, input) as target,
+                _progress(raw) as progress,
+            ):
                 answered_by, rows = batch.score_file(source, target, endpoint, wanted, progress=progress)
         except BadRows as error:
             raise CommandError(_told(error)) from None
@@ -66,6 +78,9 @@ class Command(BaseCommand):
             raise CommandError(f"{input} is damaged or no gzip: {error}") from None
         except OSError as error:
             raise CommandError(f"{error.filename or output}: {error.strerror or error}") from None
+        except KeyboardInterrupt as interruption:
+            number = signal.SIGTERM if isinstance(interruption, _Terminated) else signal.SIGINT
+            raise CommandError("Interrupted; nothing was written.", returncode=128 + number) from None
         seconds = time.monotonic() - began
         self.stdout.write(
             f"{rows:,} customers were scored by {answered_by} into {output} in {seconds:.1f} s; nothing was recorded."
@@ -83,11 +98,25 @@ def _told(error: BadRows) -> str:
 
 
 @contextmanager
+def _told_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is done here as Ctrl-C does, and leaves no part of a file behind."""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _reading(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The table as bytes, and the file that they come from."""
-    with path.open("rb") as raw:
+    with path.open("rb", READ_BYTES) as raw:
         if path.suffix == GZIP:
-            with gzip.open(raw) as unpacked:
+            with io.BufferedReader(gzip.open(raw), READ_BYTES) as unpacked:
                 yield unpacked, raw
         else:
             yield raw, raw
@@ -108,6 +137,8 @@ def _replacing(path: Path, source: Path) -> Iterator[TextIO]:
         opened = gzip.open if path.suffix == GZIP else open
         with opened(part, "wt", encoding="utf-8", newline="") as target:
             yield target
+        with part.open("r+b") as written:
+            os.fsync(written.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
