@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from django.conf import settings
-from django.core.files.uploadedfile import UploadedFile
+from django.core.files import File
 from django.db import DatabaseError, IntegrityError, InterfaceError, transaction
 from django.db.models import DateTimeField, ExpressionWrapper, Q
 from django.db.models.functions import Now
@@ -93,7 +93,7 @@ def preview(beginning: bytes, algorithm: MLAlgorithm) -> Columns:
 
 
 def submit(
-    upload: UploadedFile,
+    upload: File,
     endpoint_name: str,
     wanted: Wanted,
     *,
@@ -102,11 +102,13 @@ def submit(
     on_error: str = BatchJob.OnError.FAIL,
     log: str = BatchJob.Log.ALL,
     idempotency_key: str = "",
+    claimed: bool = False,
 ) -> tuple[BatchJob, bool]:
     """A job for a file, by the algorithm that serves the endpoint now, and whether it is new.
 
-    With a key that its sender has used before it is the job of that time. A batch is no part of a running A/B test.
-    Raises PredictionError, BatchError for a file whose header does not fit, KeyReused, OSError.
+    claimed: it is the caller's to `run`, and no other worker's. With a key that its sender has used before it is the
+    job of that time. A batch is no part of a running A/B test. Raises PredictionError, BatchError for a file whose
+    header does not fit, KeyReused, OSError.
     """
     digest = ""
     if idempotency_key:
@@ -132,6 +134,7 @@ def submit(
                 folder=folder,
                 idempotency_key=idempotency_key,
                 digest=digest,
+                **_claimed(now) if claimed else {},
             )
     except IntegrityError:  # the same request, at the same moment
         job_files.remove(folder)
@@ -143,6 +146,10 @@ def submit(
         job_files.remove(folder)
         raise
     return job, True
+
+
+def _claimed(now: datetime) -> dict[str, Any]:
+    return {"turn": 1, "fruitless_turns": 1, "started_at": now, "lease_until": _from_now()}
 
 
 def _earlier(by: str, key: str, digest: str) -> BatchJob | None:
@@ -351,6 +358,7 @@ class _Run:
                 write_errors(error.problems)
                 broken = error
         if broken:
+            self._change(rows_refused=refused)
             raise broken
         self._change(rows_total=rows, rows_refused=refused)
         if refused and job.on_error == BatchJob.OnError.FAIL:

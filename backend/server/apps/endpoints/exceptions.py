@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,9 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     if isinstance(error, (OperationalError, InterfaceError)):
         logger.error("The database does not answer: %s", str(error).strip())
         return _answer(status.HTTP_503_SERVICE_UNAVAILABLE, "The database does not answer; try again.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        logger.error("The disk is full: %s", error)
+        return _answer(status.HTTP_507_INSUFFICIENT_STORAGE, "The server's disk is full; nothing was kept of the file.")
     response = drf_exception_handler(error, context)
     if response is None:
         return None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from django.conf import settings
-from django.core.files.uploadedfile import UploadedFile
+from django.core.files import File
 
 from apps.endpoints.csv_file import BatchError
 
@@ -33,7 +33,7 @@ def uploads() -> Path:
     return folder
 
 
-def take(upload: UploadedFile) -> str:
+def take(upload: File) -> str:
     """Keep an upload in a new folder, whose name is returned. Raises OSError."""
     name = uuid.uuid4().hex
     folder = path(name)

@@ -6,13 +6,14 @@ import csv
 import gzip
 import io
 import os
+import signal
 from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.utils import timezone
 
 from apps.endpoints import batch_jobs
@@ -514,3 +515,78 @@ def test_a_result_opened_by_pandas_is_the_upload_and_three_columns(api, customer
 
     given = pd.read_csv(io.BytesIO(customers))
     pd.testing.assert_frame_equal(frame[list(given.columns)], given)
+
+
+class TestTheCommand:
+    """manage.py score without --log none: a job in the foreground."""
+
+    @pytest.fixture
+    def file(self, customers, tmp_path) -> Path:
+        path = tmp_path / "shop.csv"
+        path.write_bytes(customers)
+        return path
+
+    def test_logs_every_customer_and_writes_what_the_job_s_result_is(self, api, file, tmp_path):
+        said = score(file, tmp_path / "scored.csv")
+
+        assert said.startswith("60 customers were scored by random forest 1.0.0 into ")
+        assert said.endswith("; each was logged.\n")
+        job = BatchJob.objects.get()
+        assert (job.state, job.file_name, MLRequest.objects.count()) == ("succeeded", "shop.csv", 60)
+        assert (tmp_path / "scored.csv").read_bytes() == api.get(f"{JOBS}/{job.pk}/result").getvalue()
+        assert file.exists()
+
+    def test_reads_and_writes_gzip(self, file, tmp_path):
+        (tmp_path / "shop.csv.gz").write_bytes(gzip.compress(file.read_bytes()))
+
+        score(tmp_path / "shop.csv.gz", tmp_path / "scored.csv.gz")
+
+        assert len(gzip.decompress((tmp_path / "scored.csv.gz").read_bytes()).splitlines()) == 61
+
+    def test_names_bad_lines_and_writes_and_logs_nothing(self, file, tmp_path):
+        file.write_bytes(file.read_bytes().replace(b"family", b"family,", 1))
+
+        with pytest.raises(CommandError) as refused:
+            score(file, tmp_path / "scored.csv")
+
+        assert "1 of 60 rows cannot be scored" in str(refused.value)
+        assert "has 8 fields where the header has 7" in str(refused.value)
+        assert not (tmp_path / "scored.csv").exists()
+        assert not MLRequest.objects.exists()
+
+    @pytest.mark.parametrize("log", ["all", "none"])
+    def test_leaves_bad_lines_out_where_that_is_asked_for(self, file, tmp_path, log):
+        file.write_bytes(file.read_bytes().replace(b"family", b"family,", 1))
+
+        said = score(file, tmp_path / "scored.csv", "--on-error=skip", f"--log={log}")
+
+        assert "59 customers were scored" in said and "1 of 60 rows were refused" in said
+        assert len((tmp_path / "scored.csv").read_text().splitlines()) == 60
+        assert MLRequest.objects.count() == (59 if log == "all" else 0)
+
+    def test_that_is_interrupted_leaves_the_rest_to_the_next_worker(self, api, file, tmp_path, monkeypatch):
+        monkeypatch.setattr(batch_jobs, "PART_ROWS", 10)
+        change = batch_jobs._Run._change
+
+        def interrupted(run, **fields):
+            change(run, **fields)
+            if fields.get("rows_read") == 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(batch_jobs._Run, "_change", interrupted)
+        with pytest.raises(CommandError) as refused:
+            score(file, tmp_path / "scored.csv")
+        monkeypatch.undo()
+
+        job = BatchJob.objects.get()
+        assert refused.value.returncode == 143
+        assert f"Job {job.pk} is scoring" in str(refused.value)
+        assert not (tmp_path / "scored.csv").exists()
+        work()
+        assert len(table(api.get(f"{JOBS}/{job.pk}/result"))) == MLRequest.objects.count() == 60
+
+
+def score(input: Path, output: Path, *options: str) -> str:
+    said = io.StringIO()
+    call_command("score", str(input), str(output), *options, stdout=said, stderr=io.StringIO())
+    return said.getvalue()

@@ -185,10 +185,6 @@ class TestWhatIsRefused:
         packed.write_bytes(gzip.compress(customers.read_bytes())[:-200])
         assert "is damaged or no gzip" in refused(packed, tmp_path / "scored.csv")
 
-    def test_who_does_not_say_that_nothing_shall_be_recorded(self, algorithms, customers, tmp_path):
-        with pytest.raises(CommandError, match="--log"):
-            call_command("score", str(customers), str(tmp_path / "scored.csv"))
-
     def test_an_algorithm_or_endpoint_that_is_not_there(self, algorithms, customers, tmp_path):
         assert "name one of: status=production" in refused(customers, tmp_path / "s.csv", "--version=9.9.9")
         assert "There is no endpoint 'churn'" in refused(customers, tmp_path / "s.csv", "--endpoint=churn")
