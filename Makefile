@@ -7,7 +7,7 @@ MANAGE := $(PYTHON) backend/server/manage.py
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help serve test test-sqlite test-postgresql admin train lint bench soak clean \
+.PHONY: help serve test test-sqlite test-postgresql admin train lint bench bench-batch soak clean \
         python-is-new-enough port-is-free environment
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make train [ARGS=...]    train a new version, for instance ARGS='--data my.csv --target Stayed'"
 	@echo "make lint                check style, imports between modules, and missing migrations"
 	@echo "make bench [QUICK=1]     measure this product beside what could be used instead (see bench/README.md)"
+	@echo "make bench-batch         measure the scoring of a large file beside a script that does the same"
 	@echo "make soak [MINUTES=10]   serve at full load, and watch memory, errors and p99"
 	@echo "make clean               remove the environment, the database and the trained models"
 
@@ -58,6 +59,9 @@ lint: environment .venv/dev
 # ONLY=sqlite,mlflow chooses contestants, WRITE=1 puts the results into bench/README.md, ARGS adds other options.
 bench: environment .venv/runtime
 	@exec $(PYTHON) bench/run.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write) $(ARGS)
+
+bench-batch: environment .venv/runtime
+	@exec $(PYTHON) bench/batch.py $(ARGS)
 
 soak: environment .venv/runtime
 	@exec $(PYTHON) bench/soak.py $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
