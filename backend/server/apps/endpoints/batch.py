@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import chain
 from typing import Any, BinaryIO, TextIO, TypeVar
 
 from apps.endpoints import prediction
@@ -76,12 +77,9 @@ class AnsweredCsv:
     def body(self, records: Sequence[str], answers: Iterable[Sequence[Any]]) -> str:
         delimiter = self._layout.delimiter
         if not self._earlier:
-            return "".join(
-                [
-                    f"{record}{delimiter}{delimiter.join(map(str, answer))}\r\n"
-                    for record, answer in zip(records, answers, strict=True)
-                ]
-            )
+            cells = map(str, chain.from_iterable(answers))
+            lines = map(delimiter.join, zip(records, *[cells] * len(self._added), strict=True))
+            return "\r\n".join([*lines, ""])
         rows = csv.reader(records, delimiter=delimiter, strict=True)
         return self._written([*row[: -self._earlier], *answer] for row, answer in zip(rows, answers, strict=True))
 

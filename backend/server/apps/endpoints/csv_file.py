@@ -7,14 +7,14 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
+from operator import add
 from typing import BinaryIO
 
 DELIMITERS = ",;\t"
 LONGEST_HEADER = 100_000
 LONGEST_LINE = 10_000_000
-LARGEST_CHUNK = 4_000_000  # characters, after which a chunk takes no further line
+LARGEST_CHUNK = 4_000_000  # characters, not counting the end of its last line
 
 # By delimiter, a quoted cell from end to end, in which no line ends.
 _QUOTED = {each: re.compile(rf'(?<![^{each}\n])"(?:[^"\n]++|"")*+"(?![^{each}\n])') for each in DELIMITERS}
@@ -103,14 +103,13 @@ class CsvFile:
 
     def __init__(self, file: BinaryIO):
         # What is not UTF-8 is read as surrogates, of which real UTF-8 has none: _checked finds its line and byte.
-        self._text = _Borrowed(file, encoding="utf-8", errors="surrogateescape", newline="")
-        self._readline = partial(self._text.readline, LONGEST_LINE)
+        self._lines = _Lines(_Borrowed(file, encoding="utf-8", errors="surrogateescape", newline=""))
         self._line = 1  # the number of the next
-        first = self._readline()
+        first = self._lines.next()
         mark = "\ufeff" if first.startswith("\ufeff") else ""
         lines = [first.removeprefix(mark)]
         while lines[-1] and not lines[-1].strip("\r\n"):
-            lines.append(self._readline())
+            lines.append(self._lines.next())
         self._delimiter = _delimiter(lines[-1])
         header = next((cells for _, _, cells in self._records(lines)), None)
         if header is None:
@@ -134,22 +133,17 @@ class CsvFile:
 
     def _chunk(self, size: int) -> Chunk | None:
         """The records that begin on the next lines, if there are any lines."""
-        lines: list[str] = []
-        characters = 0
-        while len(lines) < size and characters < LARGEST_CHUNK and (line := self._readline()):
-            lines.append(line)
-            characters += len(line)
-        if not lines:
+        records, ends = self._lines.take(size)
+        if not records:
             return None
-        first, after = self._line, self._line + len(lines)
+        lines = map(add, records, ends)
+        first, after = self._line, self._line + len(records)
         numbers: Sequence[int] = range(first, after)
-        records = [line.rstrip("\r\n") for line in lines]
-        if any(map(str.isspace, lines)):
-            numbers = [number for number, line in enumerate(lines, first) if not _is_blank(line, self._delimiter)]
-            records = [
-                record for record, line in zip(records, lines, strict=True) if not _is_blank(line, self._delimiter)
-            ]
-        if max(map(len, lines)) < LONGEST_LINE and _are_plain(records, self._delimiter):
+        if not all(records) or any(map(str.isspace, records)):
+            kept = [at for at, record in enumerate(records) if not _is_blank(record, self._delimiter)]
+            numbers = [first + at for at in kept]
+            records = [records[at] for at in kept]
+        if _are_plain(records, self._delimiter):
             self._line = after
             return Chunk(self.layout, records, numbers, is_plain=True)
         chunk = Chunk(self.layout, [], [], is_plain=False)
@@ -165,7 +159,7 @@ class CsvFile:
         text: list[str] = []
 
         def checked() -> Iterator[str]:
-            for line in chain(lines, iter(self._readline, "")):
+            for line in chain(lines, iter(self._lines.next, "")):
                 _check(line, self._line)
                 self._line += 1
                 text.append(line)
@@ -180,6 +174,60 @@ class CsvFile:
                 number = self._line
         except csv.Error as error:
             raise BadRows([BadLine(number, None, f"is no valid CSV: {error}")]) from None
+
+
+class _Lines:
+    """The lines of a text, many at a time, as going over each to read it would take longer than to score it.
+
+    A line ends in LF, CR or both. One that is longer than LONGEST_LINE may be given in pieces that are no shorter.
+    """
+
+    def __init__(self, text: io.TextIOWrapper):
+        self._blocks = self._read(text)
+        self._records: list[str] = []
+        self._ends: list[str] = []
+        self._taken = 0
+
+    def take(self, most: int) -> tuple[list[str], list[str]]:
+        """The next lines, apart from their ends; none after the last, and else at most so many."""
+        while self._taken == len(self._records):
+            block = next(self._blocks, None)
+            if block is None:
+                return [], []
+            self._records, self._ends = block
+            self._taken = 0
+        begin, self._taken = self._taken, min(self._taken + most, len(self._records))
+        return self._records[begin : self._taken], self._ends[begin : self._taken]
+
+    def next(self) -> str:
+        """The next line with its end; "" after the last."""
+        return "".join(chain(*self.take(1)))
+
+    @staticmethod
+    def _read(text: io.TextIOWrapper) -> Iterator[tuple[list[str], list[str]]]:
+        rest = ""
+        while block := text.read(LARGEST_CHUNK):
+            block = rest + block
+            returns = block.count("\r")
+            if returns == 0 or returns == block.count("\n") == block.count("\r\n"):
+                end = "\r\n" if returns else "\n"
+                records = block.split(end)
+                rest = records.pop()
+                ends = [end] * len(records)
+            else:
+                lines = io.StringIO(block, newline="").readlines()
+                rest = "" if lines[-1].endswith("\n") else lines.pop()  # CR may be half of an end
+                records, ends = _without_ends(lines)
+            if len(rest) >= LONGEST_LINE:
+                records, ends, rest = [*records, rest], [*ends, ""], ""
+            yield records, ends
+        if rest:
+            yield _without_ends([rest])
+
+
+def _without_ends(lines: Sequence[str]) -> tuple[list[str], list[str]]:
+    records = [line.rstrip("\r\n") for line in lines]
+    return records, [line[len(record) :] for line, record in zip(lines, records, strict=True)]
 
 
 class _Borrowed(io.TextIOWrapper):
@@ -200,14 +248,14 @@ def _check(line: str, number: int) -> None:
             problem = f"holds a byte that is not UTF-8 (0x{byte:02x}); save the file as UTF-8"
     if problem is None and "\x00" in line:
         problem = "holds a NUL character"
-    if problem is None and len(line) == LONGEST_LINE:
+    if problem is None and len(line) >= LONGEST_LINE:
         problem = f"is longer than {LONGEST_LINE:,} characters"
     if problem is not None:
         raise BadRows([BadLine(number, None, problem)])
 
 
-def _is_blank(line: str, delimiter: str) -> bool:
-    return line.isspace() and delimiter not in line
+def _is_blank(record: str, delimiter: str) -> bool:
+    return not record or (record.isspace() and delimiter not in record)
 
 
 def _are_plain(records: Sequence[str], delimiter: str) -> bool:
@@ -221,9 +269,12 @@ def _are_plain(records: Sequence[str], delimiter: str) -> bool:
     if "\x00" in text:
         return False
     has_quotes = '"' in text
-    longest_cell = csv.field_size_limit()
-    for record in records:
-        if len(record) > longest_cell and (has_quotes or max(map(len, record.split(delimiter))) > longest_cell):
+    longest, longest_cell = max(map(len, records), default=0), csv.field_size_limit()
+    if longest + len("\r\n") >= LONGEST_LINE:
+        return False
+    if longest > longest_cell:
+        cells = chain.from_iterable(record.split(delimiter) for record in records)
+        if has_quotes or max(map(len, cells)) > longest_cell:
             return False
     return not has_quotes or ('"' not in _QUOTED[delimiter].sub("", text) and not _QUOTED_BLANK_LINE.search(text))
 

@@ -184,7 +184,8 @@ class TestChunks:
 
         chunks, _ = chunks_of("\n".join([header, *[row] * 20]).encode(), 10_000)
 
-        assert [len(chunk) for chunk in chunks] == [3] * 6 + [2]
+        assert sum(map(len, chunks)) == 20
+        assert max(sum(map(len, chunk.records)) for chunk in chunks) <= 1_000 + len(row)
 
     def test_a_cell_that_csv_refuses_for_its_length_is_refused(self):
         long = "x" * (csv.field_size_limit() + 1)
