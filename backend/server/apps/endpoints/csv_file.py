@@ -14,7 +14,7 @@ from typing import BinaryIO
 DELIMITERS = ",;\t"
 LONGEST_HEADER = 100_000
 LONGEST_LINE = 10_000_000
-LARGEST_CHUNK = 4_000_000  # characters, not counting the end of its last line
+LARGEST_CHUNK = 1_000_000  # characters, not counting the end of its last line; more of them leave the caches
 
 # By delimiter, a quoted cell from end to end, in which no line ends.
 _QUOTED = {each: re.compile(rf'(?<![^{each}\n])"(?:[^"\n]++|"")*+"(?![^{each}\n])') for each in DELIMITERS}
