@@ -19,7 +19,7 @@ help:
 	@echo "make bench [QUICK=1]     measure this product beside what could be used instead (see bench/README.md)"
 	@echo "make bench-batch         measure the scoring of a large file beside a script that does the same"
 	@echo "make soak [MINUTES=10]   serve at full load, and watch memory, errors and p99"
-	@echo "make clean               remove the environment, the database and the trained models"
+	@echo "make clean               remove the environment, the database, the files of batch jobs and the trained models"
 
 # PORT is exported for the server, which replaces the shell, so that Ctrl-C reaches nothing else.
 serve: port-is-free environment .venv/runtime

@@ -303,9 +303,9 @@ def run(job: BatchJob, is_stopping: Callable[[], bool] = lambda: False) -> None:
 
 def _fail(job: BatchJob, problem: str) -> None:
     mine = BatchJob.objects.unfinished().filter(pk=job.pk, turn=job.turn)
-    mine.update(state=BatchJob.State.FAILED, problem=problem, finished_at=timezone.now(), lease_until=None)
-    _forget_upload(job)
-    logger.warning("Job %s failed: %s", job.pk, problem)
+    if mine.update(state=BatchJob.State.FAILED, problem=problem, finished_at=timezone.now(), lease_until=None):
+        _forget_upload(job)
+        logger.warning("Job %s failed: %s", job.pk, problem)
 
 
 def _forget_upload(job: BatchJob) -> None:
@@ -376,7 +376,7 @@ class _Run:
         with self._table() as (raw, source):
             scorer = Scorer(self._algorithm, source.layout)
             answered = AnsweredCsv(source.layout, with_ids=self._is_logged)
-            chunks = source.chunks(PART_ROWS, skip=job.rows_read)
+            chunks = source.chunks(PART_ROWS, skip=job.rows_read, while_skipping=self._stay)
             # The next part is made ready while this one is written.
             with closing(in_order(partial(self._ready, scorer), chunks, threads=1)) as parts:
                 for part in parts:
@@ -419,7 +419,7 @@ class _Run:
                     answers = [(pk, *answer) for pk, answer in zip(ids, answers, strict=True)]
                 with job_files.published(job.folder, name) as file:
                     file.write(answered.body(part.records, answers).encode())
-                BatchPart.objects.create(job=job, number=number, rows_read=part.rows_read, file=name)
+                BatchPart.objects.create(job=job, number=number, file=name)
 
         in_turn(write)
 

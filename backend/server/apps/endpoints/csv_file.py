@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import add
@@ -116,16 +116,17 @@ class CsvFile:
             raise BatchError("The file is empty; the first line must name the columns.")
         self.layout = Layout([name.strip() for name in header], self._delimiter, mark)
 
-    def chunks(self, size: int, skip: int = 0) -> Iterator[Chunk]:
+    def chunks(self, size: int, skip: int = 0, while_skipping: Callable[[], object] = lambda: None) -> Iterator[Chunk]:
         """The rows in the file's order but for the first `skip`, at most `size` at a time, fewer if they are long.
 
-        Raises BatchError for a file without any.
+        `while_skipping` is called now and then before the first of them. Raises BatchError for a file without any.
         """
         is_empty = True
         while (chunk := self._chunk(min(size, skip) or size)) is not None:
             is_empty = is_empty and not chunk
             if skip:
                 skip -= len(chunk)
+                while_skipping()
             elif chunk:
                 yield chunk
         if is_empty:

@@ -368,7 +368,6 @@ class BatchPart(models.Model):
 
     job = models.ForeignKey(BatchJob, on_delete=models.CASCADE, related_name="parts")
     number = models.PositiveIntegerField()
-    rows_read = models.PositiveIntegerField()
     file = models.CharField(max_length=64)
 
     class Meta:

@@ -448,6 +448,37 @@ class TestATurn:
         rows = table(api.get(f"{job}/result"))
         assert {int(row["request_id"]) for row in rows} == set(MLRequest.objects.values_list("pk", flat=True))
 
+    def test_that_was_lost_and_fails_takes_nothing_from_the_next_one(self, api, customers):
+        job = submitted(api, customers)
+        lost = batch_jobs.claim()
+        BatchJob.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
+        next_one = batch_jobs.claim()
+
+        lost.fruitless_turns = batch_jobs.MOST_FRUITLESS_TURNS + 1  # it gives up
+        batch_jobs.run(lost)
+        batch_jobs.run(next_one)
+
+        assert len(table(api.get(f"{job}/result"))) == 60
+
+    def test_is_renewed_while_what_was_done_before_is_passed_over(self, api, customers, monkeypatch, settings):
+        monkeypatch.setattr(batch_jobs, "PART_ROWS", 10)
+        settings.BATCH_LEASE_SECONDS = 600
+        job = submitted(api, customers)
+        batch_jobs.run(batch_jobs.claim(), lambda: MLRequest.objects.count() == 40)
+        monkeypatch.setattr(settings, "BATCH_LEASE_SECONDS", 0)  # so that it is due at every chance
+        renewed = []
+        stay = batch_jobs._Run._stay
+        monkeypatch.setattr(
+            batch_jobs._Run,
+            "_stay",
+            lambda run, **progress: renewed.append(run._job.rows_read) or stay(run, **progress),
+        )
+
+        work()
+
+        assert renewed == [40] * 4
+        assert len(table(api.get(f"{job}/result"))) == 60
+
 
 class TestTheFiles:
     def test_are_kept_for_a_time_and_the_job_stays_known(self, api, customers, settings, tmp_path):
