@@ -50,6 +50,12 @@ def path(name: str, default: Path) -> Path:
     return (REPOSITORY / Path(text(name, str(default))).expanduser()).resolve()
 
 
+def folder_or_url(name: str, default: Path) -> str:
+    """A folder, or a URL of one that fsspec understands."""
+    value = text(name)
+    return value if "://" in value else str(path(name, default))
+
+
 def time_zone(name: str, default: str) -> str:
     value = text(name, default)
     try:

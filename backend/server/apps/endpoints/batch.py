@@ -8,24 +8,26 @@ import io
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import chain
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from apps.endpoints import prediction
 from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile, Layout
 from apps.endpoints.models import MLAlgorithm
 from apps.endpoints.prediction import Answer, Wanted
+from apps.endpoints.tables import Table
 from apps.ml import columnar
 from apps.ml.schema import MISSING_IN_FILES, AlignedRows, InputError, Problem, Schema
 
-REQUEST_ID = "request_id"
-ADDED_COLUMNS = ("probability", "label")
+# With their types in Parquet.
+REQUEST_ID = {"request_id": "int64"}
+ADDED_COLUMNS = {"probability": "float64", "label": "string"}
 CHUNK_ROWS = 10_000
 MOST_PROBLEMS = 1_000
 MOST_THREADS = 4  # each holds chunks, and one thread reads and writes for all
@@ -34,7 +36,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A CSV as text. By row, rows: its cells; records: how it stands in the file; lines: where it begins there."""
 
     layout: Layout
@@ -45,7 +47,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Batch:
-    table: Table
+    table: TextTable
     answers: list[Answer]
 
     def as_csv(self) -> str:
@@ -64,21 +66,19 @@ class AnsweredCsv:
 
     def __init__(self, layout: Layout, *, with_ids: bool = False):
         self._layout = layout
-        self._added = (REQUEST_ID, *ADDED_COLUMNS) if with_ids else ADDED_COLUMNS
-        self._earlier = next(
-            (len(added) for added in ((REQUEST_ID, *ADDED_COLUMNS), ADDED_COLUMNS) if _ends_with(layout.header, added)),
-            0,
-        )
+        logged = {**REQUEST_ID, **ADDED_COLUMNS}
+        self.added = logged if with_ids else ADDED_COLUMNS
+        self._earlier = next((len(added) for added in (logged, ADDED_COLUMNS) if _ends_with(layout.header, added)), 0)
+        self.names = [*layout.header[: len(layout.header) - self._earlier], *self.added]
 
     def header(self) -> str:
-        names = self._layout.header[: len(self._layout.header) - self._earlier]
-        return self._layout.mark + self._written([[*names, *self._added]])
+        return self._layout.mark + self._written([self.names])
 
     def body(self, records: Sequence[str], answers: Iterable[Sequence[Any]]) -> str:
         delimiter = self._layout.delimiter
         if not self._earlier:
             cells = map(str, chain.from_iterable(answers))
-            lines = map(delimiter.join, zip(records, *[cells] * len(self._added), strict=True))
+            lines = map(delimiter.join, zip(records, *[cells] * len(self.added), strict=True))
             return "\r\n".join([*lines, ""])
         rows = csv.reader(records, delimiter=delimiter, strict=True)
         return self._written([*row[: -self._earlier], *answer] for row, answer in zip(rows, answers, strict=True))
@@ -89,8 +89,8 @@ class AnsweredCsv:
         return buffer.getvalue()
 
 
-def _ends_with(header: Sequence[str], added: tuple[str, ...]) -> bool:
-    return tuple(header[-len(added) :]) == added
+def _ends_with(header: Sequence[str], added: Collection[str]) -> bool:
+    return list(header[-len(added) :]) == list(added)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ class Scorer:
                 cells = ReadCells(self.schema.align_columns(columns), columns, self._customer_keys(rows))
             except InputError as error:
                 # Not all that is wrong may have been told of very many rows: what remains is looked at again.
-                problems += [self._bad_line(lines[p.row], rows[p.row], p) for p in error.problems]
+                problems += [self._bad_line(chunk.file, lines[p.row], rows[p.row], p) for p in error.problems]
                 good = sorted({*range(len(rows))} - {problem.row for problem in error.problems})
                 rows, records, lines = ([each[row] for row in good] for each in (rows, records, lines))
             else:
@@ -186,9 +186,9 @@ class Scorer:
         position = self._header.index(self.schema.identifier)
         return self.schema.customer_keys([row[position] for row in rows])
 
-    def _bad_line(self, line: int, row: Sequence[str], problem: Problem) -> BadLine:
+    def _bad_line(self, file: str, line: int, row: Sequence[str], problem: Problem) -> BadLine:
         value = row[self._header.index(problem.field)] if problem.field else None
-        return BadLine(line, problem.field, problem.message, value)
+        return BadLine(line, problem.field, problem.message, value, file)
 
 
 class TooManyRows(BatchError):
@@ -215,24 +215,33 @@ def predict_file(file: BinaryIO, endpoint_name: str, wanted: Wanted, *, now: dat
     return Batch(table, answers)
 
 
-def score_file(
-    file: BinaryIO,
-    output: TextIO,
+class Output(Protocol):
+    """Where an answered table is written to."""
+
+    def begin(self, answered: AnsweredCsv, table: Table, schema: Schema) -> None:
+        """Raises BatchError for columns that cannot be written so."""
+
+    def write(self, text: str) -> None:
+        """Some whole records of the CSV."""
+
+
+def score_table(
+    table: Table,
+    output: Output,
     endpoint_name: str,
     wanted: Wanted,
     *,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> tuple[MLAlgorithm, int]:
-    """Score every row of a CSV by one algorithm into another CSV and record nothing, in memory that does not grow.
+    """Score every row of a table by one algorithm into another and record nothing, in memory that does not grow.
 
     `progress` is told of each further number of rows. Returns the algorithm and the number of rows. What is in
     `output` is of use only then. Raises BatchError, BadRows (of at least the first problems), PredictionError.
     """
     (algorithm,) = prediction.choose(endpoint_name, wanted, in_test=False).algorithms
-    source = CsvFile(file)
-    scorer = Scorer(algorithm, source.layout)
-    answered = AnsweredCsv(source.layout)
-    output.write(answered.header())
+    scorer = Scorer(algorithm, table.layout)
+    answered = AnsweredCsv(table.layout)
+    output.begin(answered, table, scorer.schema)
     problems: list[BadLine] = []
     scored = 0
 
@@ -242,7 +251,7 @@ def score_file(
             return len(chunk), checked.problems, ""
         return len(chunk), [], answered.body(checked.records, scorer.label(checked))
 
-    with closing(in_order(answer, source.chunks(CHUNK_ROWS), min(os.cpu_count() or 1, MOST_THREADS))) as answers:
+    with closing(in_order(answer, table.chunks(CHUNK_ROWS), min(os.cpu_count() or 1, MOST_THREADS))) as answers:
         for rows, found, text in answers:
             problems += found
             if len(problems) >= MOST_PROBLEMS:
@@ -277,10 +286,10 @@ def in_order(work: Callable[[Chunk], Result], chunks: Iterable[Chunk], threads: 
         raise failure
 
 
-def read_csv(file: BinaryIO, most_rows: float = math.inf) -> Table:
+def read_csv(file: BinaryIO, most_rows: float = math.inf) -> TextTable:
     """All of a CSV. Raises BatchError, BadRows, TooManyRows."""
     source = CsvFile(file)
-    table = Table(source.layout, [], [], [])
+    table = TextTable(source.layout, [], [], [])
     problems: list[BadLine] = []
     for chunk in source.chunks(CHUNK_ROWS):
         read = chunk.rows()

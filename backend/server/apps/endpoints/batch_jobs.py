@@ -11,11 +11,11 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from django.conf import settings
@@ -25,13 +25,18 @@ from django.db.models import DateTimeField, ExpressionWrapper, Q
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from apps.endpoints import job_files, prediction
+from apps.endpoints import job_files, parquet_file, prediction, tables
 from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, Checked, Columns, Scorer, columns_of, in_order
 from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile
 from apps.endpoints.journal import NewRequest, insert_prepared, prepared
 from apps.endpoints.models import BatchJob, BatchPart, MLAlgorithm
 from apps.endpoints.prediction import PredictionError, Wanted
+from apps.endpoints.storage import BLOCK, Source
+from apps.endpoints.tables import Table
 from apps.endpoints.turns import in_turn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,8 @@ FORGOTTEN = 24 * 3600
 # How much of a file is enough to know its columns, and how much of it to unpack.
 BEGINNING = 100_000
 MOST_UNPACKED = 2_000_000
+# How much of the end of a Parquet file holds its footer, which describes all its row groups.
+LONGEST_FOOTER = 1_000_000
 
 
 class JobError(Exception):
@@ -85,15 +92,20 @@ def preview(beginning: bytes, algorithm: MLAlgorithm) -> Columns:
     Raises BatchError, BadRows, PredictionError.
     """
     schema = prediction.classifier_of(algorithm).schema
-    table = job_files.unpacked_beginning(beginning, MOST_UNPACKED)
+    table = tables.beginning_of(beginning, MOST_UNPACKED)
     is_cut = len(beginning) >= BEGINNING or len(table) >= MOST_UNPACKED
     if is_cut and b"\n" not in table and b"\r" not in table:
         raise BatchError("The first line of the file is too long to look at; it must name the columns.")
     return columns_of(CsvFile(io.BytesIO(table)).layout.header, schema)
 
 
+def preview_parquet(end: bytes, algorithm: MLAlgorithm) -> Columns:
+    """The same of a Parquet file, whose columns are named at its end. Raises BatchError, PredictionError."""
+    return columns_of(parquet_file.names_by_end(end), prediction.classifier_of(algorithm).schema)
+
+
 def submit(
-    upload: File,
+    files: Sequence[File],
     endpoint_name: str,
     wanted: Wanted,
     *,
@@ -101,11 +113,14 @@ def submit(
     now: datetime,
     on_error: str = BatchJob.OnError.FAIL,
     log: str = BatchJob.Log.ALL,
+    result_format: str = "",
+    file_name: str = "",
     idempotency_key: str = "",
     claimed: bool = False,
 ) -> tuple[BatchJob, bool]:
-    """A job for a file, by the algorithm that serves the endpoint now, and whether it is new.
+    """A job for a file, or several of one table, by the algorithm that serves the endpoint now; and whether it is new.
 
+    result_format: as the files, if not told. file_name: as people know what was sent; by default the file's own.
     claimed: it is the caller's to `run`, and no other worker's. With a key that its sender has used before it is the
     job of that time. A batch is no part of a running A/B test. Raises PredictionError, BatchError for a file whose
     header does not fit, KeyReused, OSError.
@@ -113,24 +128,29 @@ def submit(
     digest = ""
     if idempotency_key:
         options = [endpoint_name, *(str(wish) for wish in (wanted.status, wanted.version, wanted.algorithm))]
-        digest = job_files.digest(upload, *options, on_error, log)
+        digest = job_files.digest(files, *options, on_error, log, result_format)
         earlier = _earlier(by, idempotency_key, digest)
         if earlier:
             return earlier, False
     (algorithm,) = prediction.choose(endpoint_name, wanted, in_test=False).algorithms
-    with job_files.unpacked(upload) as table:
-        Scorer(algorithm, CsvFile(table).layout)
-    folder = job_files.take(upload)
+    with tables.opened([_source(file) for file in files]) as table:
+        scorer = Scorer(algorithm, table.layout)
+        if not result_format:
+            result_format = BatchJob.Format.CSV if table.types is None else BatchJob.Format.PARQUET
+        if result_format == BatchJob.Format.PARQUET:
+            _types(table, scorer, is_logged=log == BatchJob.Log.ALL)
+    folder = job_files.take(files)
     try:
         with transaction.atomic():
             job = BatchJob.objects.create(
                 parent_mlalgorithm=algorithm,
                 created_by=by,
                 created_at=now,
-                file_name=(upload.name or "")[:255],
-                file_bytes=upload.size,
+                file_name=(file_name or files[0].name or "")[:255],
+                file_bytes=sum(file.size for file in files),
                 on_error=on_error,
                 log=log,
+                result_format=result_format,
                 folder=folder,
                 idempotency_key=idempotency_key,
                 digest=digest,
@@ -146,6 +166,16 @@ def submit(
         job_files.remove(folder)
         raise
     return job, True
+
+
+def _source(file: File) -> Source:
+    return Source(file.name or "", file.size, lambda: nullcontext(file))
+
+
+def _types(table: Table, scorer: Scorer, *, is_logged: bool) -> pa.Schema:
+    """As what the result's columns are written in Parquet. Raises BatchError."""
+    answered = AnsweredCsv(table.layout, with_ids=is_logged)
+    return parquet_file.types_of(answered.names, scorer.schema, answered.added, table.types, table.layout.delimiter)
 
 
 def _claimed(now: datetime) -> dict[str, Any]:
@@ -201,21 +231,37 @@ def expires_at(job: BatchJob) -> datetime | None:
 # --- What came of it --------------------------------------------------------------------------------------
 
 
-def result(job: BatchJob) -> tuple[int, Iterator[bytes]]:
-    """The bytes of the result, and how many they are. Raises NotFinished, Gone."""
+def result(job: BatchJob, form: str = "") -> tuple[int | None, Iterator[bytes]]:
+    """The bytes of the result, and how many they are, if that is known. form: by default as was asked for the job.
+
+    Raises NotFinished, Gone, BatchError for a form in which it cannot be written.
+    """
     if not job.is_finished:
         raise NotFinished(f"Job {job.pk} is {job.state}; its result is there when it has succeeded.")
     if job.state != BatchJob.State.SUCCEEDED:
         raise NotFinished(f"Job {job.pk} has no result: it is {job.state}. {job.problem}".strip())
     names = [job_files.HEADER, *job.parts.order_by("number").values_list("file", flat=True)]
-    return _contents(job, names)
+    size, blocks = _contents(job, names)
+    if (form or job.result_format) == BatchJob.Format.CSV:
+        return size, blocks
+    if not job_files.exists(job.folder, job_files.COLUMNS):
+        raise BatchError("Parquet names each column once, and the file names one more than once; ask for CSV.")
+    with job_files.opened(job.folder, job_files.COLUMNS) as file:
+        columns = parquet_file.from_bytes(file.read())
+    parts = (_content(job.folder, name) for name in names[1:])
+    return None, parquet_file.written(parts, columns)
+
+
+def _content(folder: str, name: str) -> bytes:
+    with job_files.opened(folder, name) as file:
+        return file.read()
 
 
 def errors(job: BatchJob) -> tuple[int, Iterator[bytes]]:
     """The bytes of the CSV of what is wrong with the file, and how many they are. Raises NotFinished, Gone."""
     if job.checked_at is None and not job.is_finished:
         raise NotFinished(f"Job {job.pk} is {job.state}; what is wrong is known when every row has been looked at.")
-    if job.folder and not job_files.path(job.folder, job_files.ERRORS).exists():
+    if job.folder and not job_files.exists(job.folder, job_files.ERRORS):
         raise NotFinished(f"Job {job.pk} ended before every row had been looked at. {job.problem}".strip())
     return _contents(job, [job_files.ERRORS])
 
@@ -223,8 +269,8 @@ def errors(job: BatchJob) -> tuple[int, Iterator[bytes]]:
 def first_errors(job: BatchJob, most: int) -> list[dict[str, Any]]:
     """The first lines of the same as dicts of line, column, value and reason. Raises NotFinished, Gone."""
     errors(job)
-    with job_files.path(job.folder, job_files.ERRORS).open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
+    with job_files.opened(job.folder, job_files.ERRORS) as file:
+        rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
         return [{**row, "line": int(row["line"])} for row, _ in zip(rows, range(most), strict=False)]
 
 
@@ -232,16 +278,15 @@ def _contents(job: BatchJob, names: list[str]) -> tuple[int, Iterator[bytes]]:
     gone = Gone(f"The files of job {job.pk} are gone: they are kept for {settings.BATCH_KEEP_DAYS} days.")
     if not job.folder:
         raise gone
-    paths = [job_files.path(job.folder, name) for name in names]
     try:
-        size = sum(path.stat().st_size for path in paths)
+        size = sum(job_files.size(job.folder, name) for name in names)
     except FileNotFoundError:
         raise gone from None
 
     def read() -> Iterator[bytes]:
-        for path in paths:
-            with path.open("rb") as file:
-                while block := file.read(job_files.BLOCK):
+        for name in names:
+            with job_files.opened(job.folder, name) as file:
+                while block := file.read(BLOCK):
                     yield block
 
     return size, read()
@@ -290,7 +335,7 @@ def run(job: BatchJob, is_stopping: Callable[[], bool] = lambda: False) -> None:
         release(job, fruitless_turns=0)
     except BadRows as error:
         first = error.problems[0]
-        _fail(job, f"Line {first.line}: {first.message}")
+        _fail(job, str(first) if first.file else f"Line {first.line}: {first.message}")
     except (BatchError, PredictionError) as error:
         _fail(job, str(error))
     except (DatabaseError, InterfaceError):
@@ -304,12 +349,8 @@ def run(job: BatchJob, is_stopping: Callable[[], bool] = lambda: False) -> None:
 def _fail(job: BatchJob, problem: str) -> None:
     mine = BatchJob.objects.unfinished().filter(pk=job.pk, turn=job.turn)
     if mine.update(state=BatchJob.State.FAILED, problem=problem, finished_at=timezone.now(), lease_until=None):
-        _forget_upload(job)
+        job_files.forget_inputs(job.folder)
         logger.warning("Job %s failed: %s", job.pk, problem)
-
-
-def _forget_upload(job: BatchJob) -> None:
-    job_files.path(job.folder, job_files.INPUT).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -337,7 +378,7 @@ class _Run:
         self._score()
         self._change(state=BatchJob.State.SUCCEEDED, problem="", finished_at=timezone.now(), lease_until=None)
         logger.info("Job %s has scored %s customers.", self._job.pk, f"{self._job.rows_scored:,}")
-        _forget_upload(self._job)
+        job_files.forget_inputs(self._job.folder)
 
     def _check(self) -> None:
         """Look at every row, before any is scored, and write down what is wrong."""
@@ -345,15 +386,15 @@ class _Run:
         self._change(state=BatchJob.State.CHECKING, bytes_read=0)
         refused = rows = 0
         broken: BadRows | None = None
-        with self._table() as (raw, source), _errors_file(job) as write_errors:
-            scorer = Scorer(self._algorithm, source.layout)
+        with self._table() as table, _errors_file(job, are_several=table.are_several) as write_errors:
+            scorer = Scorer(self._algorithm, table.layout)
             try:
-                for chunk in source.chunks(CHUNK_ROWS):
+                for chunk in table.chunks(CHUNK_ROWS):
                     checked = scorer.check(chunk)
                     write_errors(checked.problems)
                     rows += len(chunk)
                     refused += len(chunk) - len(checked.records)
-                    self._stay(bytes_read=raw.tell(), rows_refused=refused)
+                    self._stay(bytes_read=table.position, rows_refused=refused)
             except BadRows as error:  # what follows cannot be read
                 write_errors(error.problems)
                 broken = error
@@ -364,7 +405,11 @@ class _Run:
         if refused and job.on_error == BatchJob.OnError.FAIL:
             raise BatchError(f"{refused:,} of {rows:,} rows cannot be scored; nobody was scored or logged.")
         with job_files.published(job.folder, job_files.HEADER) as file:
-            file.write(AnsweredCsv(source.layout, with_ids=self._is_logged).header().encode())
+            file.write(AnsweredCsv(table.layout, with_ids=self._is_logged).header().encode())
+        with suppress(BatchError):  # then the result is CSV only
+            columns = parquet_file.as_bytes(_types(table, scorer, is_logged=self._is_logged))
+            with job_files.published(job.folder, job_files.COLUMNS) as file:
+                file.write(columns)
         self._change(checked_at=timezone.now(), bytes_read=0, fruitless_turns=0)
 
     def _score(self) -> None:
@@ -373,16 +418,16 @@ class _Run:
         number = job.parts.count()
         if job.rows_read == job.rows_total:
             return
-        with self._table() as (raw, source):
-            scorer = Scorer(self._algorithm, source.layout)
-            answered = AnsweredCsv(source.layout, with_ids=self._is_logged)
-            chunks = source.chunks(PART_ROWS, skip=job.rows_read, while_skipping=self._stay)
+        with self._table() as table:
+            scorer = Scorer(self._algorithm, table.layout)
+            answered = AnsweredCsv(table.layout, with_ids=self._is_logged)
+            chunks = table.chunks(PART_ROWS, skip=job.rows_read, while_skipping=self._stay)
             # The next part is made ready while this one is written.
             with closing(in_order(partial(self._ready, scorer), chunks, threads=1)) as parts:
                 for part in parts:
                     if self._is_stopping():
                         raise _Stopped
-                    self._write(number, part, answered, bytes_read=raw.tell())
+                    self._write(number, part, answered, bytes_read=table.position)
                     number += 1
 
     def _ready(self, scorer: Scorer, chunk: Chunk) -> _Part:
@@ -427,10 +472,8 @@ class _Run:
     def _is_logged(self) -> bool:
         return self._job.log == BatchJob.Log.ALL
 
-    @contextmanager
-    def _table(self) -> Iterator[tuple[BinaryIO, CsvFile]]:
-        with job_files.path(self._job.folder, job_files.INPUT).open("rb") as raw, job_files.unpacked(raw) as table:
-            yield raw, CsvFile(table)
+    def _table(self) -> AbstractContextManager[Table]:
+        return tables.opened(job_files.inputs(self._job.folder))
 
     def _stay(self, **progress: Any) -> None:
         """Between parts: stop if told so, and now and then tell how far it is, and that the worker lives."""
@@ -450,13 +493,15 @@ class _Run:
 
 
 @contextmanager
-def _errors_file(job: BatchJob) -> Iterator[Callable[[Iterable[BadLine]], None]]:
+def _errors_file(job: BatchJob, *, are_several: bool) -> Iterator[Callable[[Iterable[BadLine]], None]]:
     """A function that writes problems into the job's file of errors, which is there when all is well."""
     with job_files.published(job.folder, job_files.ERRORS) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
         writer = csv.writer(text)
-        writer.writerow(["line", "column", "value", "reason"])
-        yield lambda problems: writer.writerows((p.line, p.field, p.value, p.message) for p in problems)
+        writer.writerow(["line", "column", "value", "reason", *["file"] * are_several])
+        yield lambda problems: writer.writerows(
+            (p.line, p.field, p.value, p.message, *[p.file] * are_several) for p in problems
+        )
         text.detach()
 
 
@@ -522,6 +567,7 @@ def clean(now: datetime) -> None:
         job_files.remove(job.folder)
         job.folder = ""
         job.save(update_fields=["folder"])
-    for found in job_files.older_than(FORGOTTEN):
-        if not BatchJob.objects.filter(folder=found.name).exists():
-            job_files.discard(found)
+    for folder in job_files.older_than(FORGOTTEN):
+        if not BatchJob.objects.filter(folder=folder).exists():
+            job_files.remove(folder)
+    job_files.forget_uploads(FORGOTTEN)

@@ -27,12 +27,19 @@ class BatchError(Exception):
 
 @dataclass(frozen=True)
 class BadLine:
-    """What is wrong on one line of the file. The header is line 1. value: the cell, where one is to blame."""
+    """What is wrong on one line of a file. The header is line 1. value: the cell, where one is to blame.
+
+    file: its name, where the table has several.
+    """
 
     line: int
     field: str | None
     message: str
     value: str | None = None
+    file: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file + ', ' if self.file else ''}line {self.line}: {self.message}"
 
 
 class BadRows(BatchError):
@@ -41,6 +48,10 @@ class BadRows(BatchError):
     def __init__(self, problems: Sequence[BadLine]):
         self.problems = list(problems)
         super().__init__(f"{len(self.problems)} problems")
+
+
+class NoRows(BatchError):
+    """A file with a header only."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ class Chunk:
     records: list[str]
     lines: Sequence[int]
     is_plain: bool
+    file: str = ""  # its name, where the table has several
 
     def __len__(self) -> int:
         return len(self.records)
@@ -91,7 +103,8 @@ class Chunk:
                 rows.records.append(record)
                 rows.lines.append(line)
             else:
-                rows.problems.append(BadLine(line, None, f"has {len(cells)} fields where the header has {width}"))
+                problem = f"has {len(cells)} fields where the header has {width}"
+                rows.problems.append(BadLine(line, None, problem, file=self.file))
         return rows
 
 
@@ -116,21 +129,23 @@ class CsvFile:
             raise BatchError("The file is empty; the first line must name the columns.")
         self.layout = Layout([name.strip() for name in header], self._delimiter, mark)
 
-    def chunks(self, size: int, skip: int = 0, while_skipping: Callable[[], object] = lambda: None) -> Iterator[Chunk]:
+    def chunks(
+        self, size: int, skip: int = 0, while_skipping: Callable[[int], object] = lambda rows: None
+    ) -> Iterator[Chunk]:
         """The rows in the file's order but for the first `skip`, at most `size` at a time, fewer if they are long.
 
-        `while_skipping` is called now and then before the first of them. Raises BatchError for a file without any.
+        `while_skipping` is told of each further number of rows before the first of them. Raises NoRows.
         """
         is_empty = True
         while (chunk := self._chunk(min(size, skip) or size)) is not None:
             is_empty = is_empty and not chunk
             if skip:
                 skip -= len(chunk)
-                while_skipping()
+                while_skipping(len(chunk))
             elif chunk:
                 yield chunk
         if is_empty:
-            raise BatchError("The file has a header only; add a line for each customer.")
+            raise NoRows("The file has a header only; add a line for each customer.")
 
     def _chunk(self, size: int) -> Chunk | None:
         """The records that begin on the next lines, if there are any lines."""

@@ -1,159 +1,158 @@
-"""Where a job's files are: the upload, and what workers make of it, in a folder of its own below BATCH_DIR."""
+"""Where a job's files are: what was uploaded, and what workers make of it, in a folder of its own below BATCH_DIR.
+
+BATCH_DIR is a folder, or a URL that fsspec understands, such as s3://bucket/batches.
+"""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import fsspec
 from django.conf import settings
 from django.core.files import File
+from fsspec.core import url_to_fs
 
-from apps.endpoints.csv_file import BatchError
+from apps.endpoints import storage
+from apps.endpoints.storage import BLOCK, Source
 
-INPUT, HEADER, ERRORS = "input", "header.csv", "errors.csv"
+INPUT, HEADER, ERRORS, COLUMNS = "input", "header.csv", "errors.csv", "columns.arrow"
 UPLOAD = ".upload"
-GZIP_MAGIC = b"\x1f\x8b"
-BLOCK = 2**20
 
 
 def uploads() -> Path:
-    """The folder into which uploads are streamed. Made when it is needed; customers are nobody else's business."""
-    folder = _root() / "uploads"
+    """The folder of this host into which uploads are streamed; customers are nobody else's business."""
+    files, root = _storage()
+    folder = Path(root) / "uploads" if storage.is_local(files) else Path(tempfile.gettempdir()) / "retention-uploads"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 
-def take(upload: File) -> str:
-    """Keep an upload in a new folder, whose name is returned. Raises OSError."""
-    name = uuid.uuid4().hex
-    folder = path(name)
-    folder.mkdir(mode=0o700, parents=True)
+def take(sent: Sequence[File]) -> str:
+    """Keep files in a new folder, whose name is returned. Raises OSError."""
+    files, _ = _storage()
+    folder = uuid.uuid4().hex
+    if storage.is_local(files):
+        Path(_path(folder)).mkdir(mode=0o700, parents=True)
     try:
-        target = folder / INPUT
-        if hasattr(upload, "temporary_file_path"):
-            shutil.move(upload.temporary_file_path(), target)
-        else:
-            with target.open("wb") as file:
-                upload.seek(0)
-                shutil.copyfileobj(upload, file, BLOCK)
-        _sync(target)
-        _sync(folder)
+        files.makedirs(_path(folder, INPUT), exist_ok=True)
+        for number, file in enumerate(sent):
+            target = _path(folder, INPUT, f"{number:06d}-{_plain(file.name or '')}")
+            if storage.is_local(files) and hasattr(file, "temporary_file_path"):
+                shutil.move(file.temporary_file_path(), target)
+            else:
+                file.seek(0)
+                with files.open(target, "wb") as kept:
+                    shutil.copyfileobj(file, kept, BLOCK)
+            if storage.is_local(files):
+                storage.sync(Path(target))
+        if storage.is_local(files):
+            storage.sync(Path(_path(folder, INPUT)))
+            storage.sync(Path(_path(folder)))
     except BaseException:
-        remove(name)
+        remove(folder)
         raise
-    return name
+    return folder
 
 
-def path(folder: str, *names: str) -> Path:
-    return _root().joinpath(folder, *names)
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)[-100:]
 
 
-def digest(file: BinaryIO, *more: str) -> str:
-    """A SHA-256 of a file and of what was said with it."""
-    file.seek(0)
+def inputs(folder: str) -> list[Source]:
+    """What was taken, in its order. Raises FileNotFoundError."""
+    files, _ = _storage()
+    found = sorted(files.ls(_path(folder, INPUT), detail=True), key=lambda each: each["name"])
+    if not found:
+        raise FileNotFoundError(f"There is no file in {_path(folder, INPUT)}.")
+    return [storage.source(files, each, each["name"].rsplit("/", 1)[1].partition("-")[2]) for each in found]
+
+
+def forget_inputs(folder: str) -> None:
+    files, _ = _storage()
+    with suppress(FileNotFoundError):
+        files.rm(_path(folder, INPUT), recursive=True)
+
+
+def digest(sent: Sequence[File], *more: str) -> str:
+    """A SHA-256 of files and of what was said with them."""
     found = hashlib.sha256("\0".join(more).encode())
-    while block := file.read(BLOCK):
-        found.update(block)
+    for file in sent:
+        file.seek(0)
+        while block := file.read(BLOCK):
+            found.update(block)
     return found.hexdigest()
 
 
-def is_compressed(raw: BinaryIO) -> bool:
-    raw.seek(0)
-    beginning = raw.read(len(GZIP_MAGIC))
-    raw.seek(0)
-    return beginning == GZIP_MAGIC
+def exists(folder: str, name: str) -> bool:
+    return _storage()[0].exists(_path(folder, name))
 
 
-@contextmanager
-def unpacked(raw: BinaryIO) -> Iterator[BinaryIO]:
-    """The table in a file, whether it is compressed with gzip or not. Raises BatchError while it is read."""
-    if not is_compressed(raw):
-        yield raw
-        return
-    try:
-        with gzip.open(raw) as table:
-            yield table
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise _damaged(error) from None
+def size(folder: str, name: str) -> int:
+    """In bytes. Raises FileNotFoundError."""
+    return _storage()[0].size(_path(folder, name))
 
 
-def unpacked_beginning(data: bytes, most: int) -> bytes:
-    """The table in the first bytes of a file, or as much of it as they hold; no more than `most`. Raises BatchError."""
-    if not data.startswith(GZIP_MAGIC):
-        return data[:most]
-    found = b""
-    while data and len(found) < most:  # a file may be compressed in several pieces
-        piece = zlib.decompressobj(wbits=31)
-        try:
-            found += piece.decompress(data, most - len(found))
-        except zlib.error as error:
-            if found:
-                break
-            raise _damaged(error) from None
-        data = piece.unused_data
-    return found
+def opened(folder: str, name: str) -> BinaryIO:
+    """A file to read. Raises FileNotFoundError."""
+    return _storage()[0].open(_path(folder, name), "rb")
 
 
-def _damaged(error: Exception) -> BatchError:
-    return BatchError(f"The file is damaged gzip: {error}. Compress it and send it again.")
-
-
-@contextmanager
-def published(folder: str, name: str) -> Iterator[BinaryIO]:
-    """A file to write, which is there as a whole or not at all, also after a power failure. Raises OSError."""
-    target = path(folder, name)
-    part = target.with_name(f".{name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-        _sync(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
+def published(folder: str, name: str) -> AbstractContextManager[BinaryIO]:
+    """A file to write, which is there as a whole or not at all. Raises OSError."""
+    return storage.replacing(_storage()[0], _path(folder, name))
 
 
 def remove(folder: str) -> None:
-    discard(path(folder))
+    """Remove a job's files, as far as they are there."""
+    files, _ = _storage()
+    with suppress(OSError):
+        files.rm(_path(folder), recursive=True)
 
 
-def discard(found: Path) -> None:
-    if found.is_dir():
-        shutil.rmtree(found, ignore_errors=True)
-    else:
-        found.unlink(missing_ok=True)
-
-
-def older_than(seconds: float) -> Iterator[Path]:
-    """The jobs' folders and the uploads that nothing was written to for so long; never anybody else's files."""
+def older_than(seconds: float) -> Iterator[str]:
+    """The folders of jobs to which nothing was written for so long, as far as the storage knows."""
+    files, root = _storage()
     before = time.time() - seconds
-    folders = (path for path in _root().glob("*") if re.fullmatch("[0-9a-f]{32}", path.name))
-    for found in [*folders, *(_root() / "uploads").glob(f"*{UPLOAD}")]:
+    with suppress(FileNotFoundError):
+        for each in files.ls(root, detail=True):
+            name = each["name"].rstrip("/").rsplit("/", 1)[-1]
+            if re.fullmatch("[0-9a-f]{32}", name) and _written_at(files, each) < before:
+                yield name
+
+
+def _written_at(files: fsspec.AbstractFileSystem, folder: dict[str, Any]) -> float:
+    """When a folder was last written to, in seconds; never in the past where nobody knows."""
+    if "mtime" in folder:
+        return folder["mtime"]
+    found = files.find(folder["name"], detail=True).values()
+    try:
+        return max(files.modified(each["name"]).timestamp() for each in found)
+    except (NotImplementedError, KeyError, ValueError):
+        return float("inf")
+
+
+def forget_uploads(seconds: float) -> None:
+    """Remove the uploads of this host to which nothing was written for so long."""
+    before = time.time() - seconds
+    for found in uploads().glob(f"*{UPLOAD}"):
         with suppress(FileNotFoundError):
             if found.stat().st_mtime < before:
-                yield found
+                found.unlink()
 
 
-def _root() -> Path:
-    return Path(settings.BATCH_DIR)
+def _storage() -> tuple[fsspec.AbstractFileSystem, str]:
+    # Other hosts write there too, so no list of files is remembered.
+    return url_to_fs(str(settings.BATCH_DIR), use_listings_cache=False)
 
 
-def _sync(target: Path) -> None:
-    if os.name != "posix" and target.is_dir():
-        return  # Windows opens no folder
-    descriptor = os.open(target, os.O_RDONLY if target.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _path(folder: str, *names: str) -> str:
+    return "/".join([_storage()[1].rstrip("/"), folder, *names])

@@ -297,6 +297,10 @@ class BatchJob(models.Model):
         ALL = "all"
         NONE = "none"
 
+    class Format(models.TextChoices):
+        CSV = "csv"
+        PARQUET = "parquet"
+
     UNFINISHED = (State.QUEUED, State.CHECKING, State.SCORING)
 
     state = models.CharField(max_length=16, choices=State, default=State.QUEUED)
@@ -313,6 +317,9 @@ class BatchJob(models.Model):
     file_bytes = models.BigIntegerField()
     on_error = models.CharField(max_length=8, choices=OnError, default=OnError.FAIL)
     log = models.CharField(max_length=8, choices=Log, default=Log.ALL)
+    result_format = models.CharField(
+        max_length=8, choices=Format, default=Format.CSV, help_text="Of the result, unless another is asked for."
+    )
     folder = models.CharField(max_length=64, blank=True, help_text="Below BATCH_DIR; empty when its files are gone.")
     # Of a client that may send a file twice and mean it once. The digest tells whether it is the same file.
     idempotency_key = models.CharField(max_length=200, blank=True)
@@ -354,10 +361,10 @@ class BatchJob(models.Model):
     def is_finished(self) -> bool:
         return self.state not in self.UNFINISHED
 
-    def download_name(self, what: str) -> str:
+    def download_name(self, what: str, form: str = Format.CSV) -> str:
         """shop.csv.gz becomes shop-scored.csv."""
-        stem = self.file_name.removesuffix(".gz").removesuffix(".csv") or "customers"
-        return f"{stem}-{what}.csv"
+        stem = self.file_name.removesuffix(".gz").removesuffix(".csv").removesuffix(".parquet") or "customers"
+        return f"{stem}-{what}.{form}"
 
 
 class BatchPart(models.Model):

@@ -9,7 +9,7 @@ from django.utils import timezone
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from apps.endpoints import batch_jobs, job_files
+from apps.endpoints import batch_jobs, tables
 from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
 from apps.endpoints.prediction import Wanted
 from apps.ml.registry import DEFAULT_ENDPOINT
@@ -148,10 +148,17 @@ class WantedSerializer(serializers.Serializer):
 class BatchSerializer(WantedSerializer):
     """A file of customers, and which algorithm answers."""
 
-    file = serializers.FileField(allow_empty_file=True, help_text="A CSV with a header line, or one in gzip.")
+    file = serializers.FileField(
+        allow_empty_file=True, help_text="A CSV with a header line, one in gzip, or Parquet; the last two become a job."
+    )
     endpoint = serializers.CharField(default=DEFAULT_ENDPOINT, max_length=128)
     status = ServedStatusField(required=False, max_length=128, help_text="By default production.")
-    format = serializers.ChoiceField(["json", "csv"], default="json", help_text="Of an answer that comes at once.")
+    format = serializers.ChoiceField(
+        ["json", "csv", "parquet"],
+        default="",
+        help_text="Of an answer that comes at once by default json, and of a job's result the file's own; "
+        "parquet: a job, however small.",
+    )
     mode = serializers.ChoiceField(["auto", "async"], default="auto", help_text="async: a job, however small.")
     on_error = serializers.ChoiceField(
         BatchJob.OnError.values, default=BatchJob.OnError.FAIL.value, help_text="skip: score the other rows."
@@ -179,7 +186,8 @@ class BatchSerializer(WantedSerializer):
             or attrs["on_error"] != BatchJob.OnError.FAIL
             or attrs["log"] != BatchJob.Log.ALL
             or file.size > MOST_BYTES_AT_ONCE
-            or job_files.is_compressed(file)
+            or not tables.is_plain_csv(file)
+            or attrs["format"] == BatchJob.Format.PARQUET
         )
         as_job = bool(prefers_job or attrs["mode"] == "async" or is_more_than_plain)
         return {**attrs, "idempotency_key": key, "prefers_job": prefers_job, "as_job": as_job}
@@ -196,7 +204,7 @@ class BatchJobSerializer(serializers.ModelSerializer):
         model = BatchJob
         fields = [
             *("id", "state", "problem", "algorithm", "version", "parent_mlalgorithm", "created_by", "created_at"),
-            *("started_at", "finished_at", "file_name", "file_bytes", "on_error", "log"),
+            *("started_at", "finished_at", "file_name", "file_bytes", "on_error", "log", "result_format"),
             *("rows_total", "rows_read", "rows_scored", "rows_refused", "rows_per_second", "seconds_left"),
             *("histogram", "expires_at"),
         ]
@@ -215,7 +223,7 @@ class BatchJobSerializer(serializers.ModelSerializer):
 
 
 class BatchErrorSerializer(serializers.Serializer):
-    line = serializers.IntegerField(help_text="Counted from 1 in the file; the header is line 1.")
+    line = serializers.IntegerField(help_text="The header is line 1; of Parquet, line 2 is the first row.")
     column = serializers.CharField()
     value = serializers.CharField()
     reason = serializers.CharField()

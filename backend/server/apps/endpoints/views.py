@@ -286,8 +286,8 @@ class BatchPredictView(Api, APIView):
     """Score a file of customers: one answer per line, in the file's order.
 
     A CSV of no more than BATCH_SYNC_ROWS rows is answered at once, or refused if any line is wrong. What is larger, or
-    compressed, or comes with `mode=async`, `Prefer: respond-async`, an `Idempotency-Key`, `on_error=skip` or
-    `log=none`, becomes a batch job.
+    compressed, or Parquet, or comes with `mode=async`, `format=parquet`, `Prefer: respond-async`, an `Idempotency-Key`,
+    `on_error=skip` or `log=none`, becomes a batch job.
     """
 
     parser_classes = [MultipartBody]
@@ -330,13 +330,14 @@ class BatchPredictView(Api, APIView):
                 )
                 return self._scored(scored, asked["format"])
         job, _ = batch_jobs.submit(
-            asked["file"],
+            [asked["file"]],
             asked["endpoint"],
             wanted,
             by=_asker(request),
             now=timezone.now(),
             on_error=asked["on_error"],
             log=asked["log"],
+            result_format=asked["format"] if asked["format"] in BatchJob.Format.values else "",
             idempotency_key=asked["idempotency_key"],
         )
         headers = {"Location": reverse("batchjob-detail", args=[job.pk])}
@@ -345,7 +346,7 @@ class BatchPredictView(Api, APIView):
         return Response(BatchJobSerializer(job).data, status=202, headers=headers)
 
     def _scored(self, scored: batch.Batch, form: str) -> HttpResponse:
-        if form == "json":
+        if form != "csv":
             return Response([answer.as_batch_json() for answer in scored.answers], status=201)
         return HttpResponse(
             scored.as_csv(),
@@ -355,15 +356,18 @@ class BatchPredictView(Api, APIView):
         )
 
 
-def csv_download(contents: tuple[int, Iterator[bytes]], file_name: str) -> StreamingHttpResponse:
+def download(contents: tuple[int | None, Iterator[bytes]], file_name: str) -> StreamingHttpResponse:
     size, blocks = contents
-    response = StreamingHttpResponse(blocks, content_type="text/csv; charset=utf-8")
-    response.headers["Content-Length"] = str(size)
+    is_parquet = file_name.endswith(BatchJob.Format.PARQUET)
+    response = StreamingHttpResponse(blocks, content_type=PARQUET_TYPE if is_parquet else "text/csv; charset=utf-8")
+    if size is not None:
+        response.headers["Content-Length"] = str(size)
     response.headers["Content-Disposition"] = content_disposition_header(as_attachment=True, filename=file_name)
     return response
 
 
-CSV_FILE = {(200, "text/csv"): str, 404: ErrorSerializer, 409: ErrorSerializer, 410: ErrorSerializer}
+PARQUET_TYPE = "application/vnd.apache.parquet"
+NO_FILE = {404: ErrorSerializer, 409: ErrorSerializer, 410: ErrorSerializer}
 
 
 class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
@@ -381,16 +385,22 @@ class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
         job = batch_jobs.cancel(self.get_object(), now=timezone.now())
         return Response(BatchJobSerializer(job).data)
 
-    @extend_schema(responses=CSV_FILE)
+    @extend_schema(
+        parameters=[OpenApiParameter("format", str, enum=BatchJob.Format.values, description="by default the job's")],
+        responses={(200, "text/csv"): str, (200, PARQUET_TYPE): bytes, 400: BAD_REQUEST, **NO_FILE},
+    )
     @action(detail=True)
     def result(self, request: Request, pk: str) -> StreamingHttpResponse:
         """The file with request_id, probability and label added, without the rows that were refused."""
         job = self.get_object()
-        return csv_download(batch_jobs.result(job), job.download_name("scored"))
+        form = request.query_params.get("format") or job.result_format
+        if form not in BatchJob.Format.values:
+            raise ValidationError({"format": "Use csv or parquet."})
+        return download(batch_jobs.result(job, form), job.download_name("scored", form))
 
     @extend_schema(
         parameters=[OpenApiParameter("format", str, enum=["json", "csv"], description="csv for all of them")],
-        responses={(200, "application/json"): BatchErrorsSerializer, **CSV_FILE},
+        responses={(200, "application/json"): BatchErrorsSerializer, (200, "text/csv"): str, **NO_FILE},
     )
     @action(detail=True)
     def errors(self, request: Request, pk: str) -> HttpResponse:
@@ -398,7 +408,7 @@ class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
         job = self.get_object()
         form = request.query_params.get("format", "json")
         if form == "csv":
-            return csv_download(batch_jobs.errors(job), job.download_name("errors"))
+            return download(batch_jobs.errors(job), job.download_name("errors"))
         if form != "json":
             raise ValidationError({"format": "Use json or csv."})
         first = batch_jobs.first_errors(job, most=MOST_ERRORS)

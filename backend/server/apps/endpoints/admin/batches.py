@@ -36,11 +36,12 @@ from apps.endpoints.csv_file import BadRows, BatchError
 from apps.endpoints.models import BatchJob, Endpoint, MLAlgorithm, Status
 from apps.endpoints.parsers import UploadOnDisk
 from apps.endpoints.prediction import PredictionError, Wanted
-from apps.endpoints.views import csv_download
+from apps.endpoints.views import download
 from apps.ml.registry import DEFAULT_ENDPOINT
 
 State = BatchJob.State
 COLOURS = {State.SUCCEEDED: "success", State.FAILED: "danger", State.CHECKING: "info", State.SCORING: "primary"}
+FORMATS = {BatchJob.Format.CSV: "CSV", BatchJob.Format.PARQUET: "Parquet"}
 ERRORS_SHOWN = 20
 LONGEST_VALUE = 100
 DECILES = 10
@@ -55,6 +56,7 @@ class DropZone(forms.FileInput):
         context = super().get_context(name, value, attrs)
         context["zone"] = {
             "beginning": batch_jobs.BEGINNING,
+            "longest_footer": batch_jobs.LONGEST_FOOTER,
             "most_bytes": settings.BATCH_MAX_BYTES,
             "too_large": _too_large(),
             "columns_url": reverse("admin:endpoints_batchjob_columns"),
@@ -69,7 +71,8 @@ class SubmitForm(forms.ModelForm):
     file = forms.FileField(
         widget=DropZone,
         allow_empty_file=True,
-        help_text="A CSV in UTF-8 with a header line, or one in gzip. Commas, semicolons and tabs are understood.",
+        help_text="A CSV in UTF-8 with a header line, or one in gzip; or Parquet. "
+        "Commas, semicolons and tabs are understood.",
     )
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -92,7 +95,7 @@ class SubmitForm(forms.ModelForm):
         algorithm: MLAlgorithm = told["parent_mlalgorithm"]
         try:
             self.instance, _ = batch_jobs.submit(
-                told["file"],
+                [told["file"]],
                 algorithm.parent_endpoint.name,
                 Wanted(version=algorithm.version, algorithm=algorithm.name),
                 by=self.asker,
@@ -213,14 +216,17 @@ class BatchJobAdmin(HistoryAdmin):
         return super().render_change_form(request, context, **kwargs)
 
     def columns_view(self, request: HttpRequest) -> HttpResponse:
-        """What the algorithm would read of a file, whose first bytes are the body."""
+        """What the algorithm would read of a file, whose first bytes are the body; the last of a Parquet file."""
         if request.method != "POST" or not self.has_add_permission(request):
             raise PermissionDenied
         algorithm = _served().filter(pk=_number(request.GET.get("algorithm", ""))).first()
         if algorithm is None:
             return JsonResponse({"problem": "This algorithm is not served any more; choose another one."})
         try:
-            columns = batch_jobs.preview(request.body[: batch_jobs.BEGINNING], algorithm)
+            if "parquet" in request.GET:
+                columns = batch_jobs.preview_parquet(request.body[-batch_jobs.LONGEST_FOOTER :], algorithm)
+            else:
+                columns = batch_jobs.preview(request.body[: batch_jobs.BEGINNING], algorithm)
         except (BatchError, PredictionError) as error:
             return JsonResponse({"problem": _sentence(error)})
         return JsonResponse({**asdict(columns), "problem": columns.problem})
@@ -239,11 +245,13 @@ class BatchJobAdmin(HistoryAdmin):
 
     def result_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         job = self._job(request, pk)
-        return self._download(request, job, batch_jobs.result, "scored")
+        asked = request.GET.get("format")
+        form = asked if asked in BatchJob.Format.values else job.result_format
+        return self._download(request, job, lambda: batch_jobs.result(job, form), job.download_name("scored", form))
 
     def errors_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         job = self._job(request, pk)
-        return self._download(request, job, batch_jobs.errors, "errors")
+        return self._download(request, job, lambda: batch_jobs.errors(job), job.download_name("errors"))
 
     def _job(self, request: HttpRequest, pk: int) -> BatchJob:
         if not self.has_view_permission(request):
@@ -254,12 +262,12 @@ class BatchJobAdmin(HistoryAdmin):
         self,
         request: HttpRequest,
         job: BatchJob,
-        contents: Callable[[BatchJob], tuple[int, Iterator[bytes]]],
-        what: str,
+        contents: Callable[[], tuple[int | None, Iterator[bytes]]],
+        name: str,
     ) -> HttpResponse:
         try:
-            return csv_download(contents(job), job.download_name(what))
-        except JobError as error:
+            return download(contents(), name)
+        except (JobError, BatchError) as error:
             messages.error(request, str(error))
             return HttpResponseRedirect(reverse("admin:endpoints_batchjob_change", args=[job.pk]))
 
@@ -400,6 +408,7 @@ def _report(job: BatchJob, now: datetime) -> dict[str, Any]:
     elif expires_at and job.state != State.CANCELLED:
         files = f"The files of this job are kept until {_moment(expires_at)}."
     errors, has_errors = _first_errors(job)
+    (other_format,) = {*FORMATS} - {job.result_format}
     return {
         "job": job,
         "badge": _badge(job),
@@ -407,6 +416,8 @@ def _report(job: BatchJob, now: datetime) -> dict[str, Any]:
         "problem": job.problem if job.state == State.FAILED else "",
         "files": files,
         "result_url": _url("result", job) if has_result and job.folder else "",
+        "other_url": f"{_url('result', job)}?format={other_format}",
+        "other_format": FORMATS[other_format],
         "errors_url": _url("errors", job) if has_errors and job.rows_refused + len(errors) else "",
         "progress_url": _url("progress", job),
         "figures": [

@@ -26,6 +26,7 @@ class Migration(migrations.Migration):
                 ('file_bytes', models.BigIntegerField()),
                 ('on_error', models.CharField(choices=[('fail', 'Fail'), ('skip', 'Skip')], default='fail', max_length=8)),
                 ('log', models.CharField(choices=[('all', 'All'), ('none', 'None')], default='all', max_length=8)),
+                ('result_format', models.CharField(choices=[('csv', 'Csv'), ('parquet', 'Parquet')], default='csv', help_text='Of the result, unless another is asked for.', max_length=8)),
                 ('folder', models.CharField(blank=True, help_text='Below BATCH_DIR; empty when its files are gone.', max_length=64)),
                 ('idempotency_key', models.CharField(blank=True, max_length=200)),
                 ('digest', models.CharField(blank=True, max_length=64)),

@@ -183,7 +183,7 @@ def test_a_file_is_submitted_and_its_page_shows_it(submit, admin_client, algorit
 def test_the_upload_is_streamed_to_where_jobs_keep_their_files(submit, customers, monkeypatch):
     taken = []
     take = batch_jobs.job_files.take
-    monkeypatch.setattr(batch_jobs.job_files, "take", lambda upload: taken.append(upload) or take(upload))
+    monkeypatch.setattr(batch_jobs.job_files, "take", lambda sent: taken.extend(sent) or take(sent))
 
     submit(customers)
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import os
+import shutil
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -110,13 +111,13 @@ class TestALargerUpload:
         seen = []
         submit = batch_jobs.submit
         monkeypatch.setattr(
-            batch_jobs, "submit", lambda file, *a, **k: seen.append(file.temporary_file_path()) or submit(file, *a, **k)
+            batch_jobs, "submit", lambda f, *a, **k: seen.append(f[0].temporary_file_path()) or submit(f, *a, **k)
         )
 
         assert upload(api, content).status_code == 202
 
         assert Path(seen[0]).parent == tmp_path / "batches" / "uploads"
-        assert [path.name for path in (tmp_path / "batches").rglob("*") if path.is_file()] == ["input"]
+        assert [path.name for path in (tmp_path / "batches").rglob("*") if path.is_file()] == ["000000-customers.csv"]
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -239,7 +240,7 @@ class TestAJob:
 
     def test_whose_files_vanish_is_tried_several_times_and_then_fails(self, api, customers, monkeypatch):
         job = submitted(api, customers)
-        (Path(batch_jobs.settings.BATCH_DIR) / BatchJob.objects.get().folder / "input").unlink()
+        shutil.rmtree(Path(batch_jobs.settings.BATCH_DIR) / BatchJob.objects.get().folder / "input")
         monkeypatch.setattr(batch_jobs, "RETRY_SECONDS", -1)
 
         work()

@@ -2,33 +2,38 @@ from __future__ import annotations
 
 import getpass
 import gzip
-import io
 import os
 import signal
 import time
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from django.core.files import File
 from django.core.management.base import CommandError, CommandParser
 from django.utils import timezone
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from apps.endpoints import batch, batch_jobs
+from apps.endpoints import batch, batch_jobs, parquet_file, storage, tables
+from apps.endpoints.batch import AnsweredCsv
 from apps.endpoints.csv_file import BadRows, BatchError
 from apps.endpoints.management.base import BaseCommand
 from apps.endpoints.models import BatchJob, Status
+from apps.endpoints.parquet_file import ParquetWriter
 from apps.endpoints.prediction import PredictionError, Wanted
+from apps.endpoints.storage import Source
+from apps.endpoints.tables import Table
 from apps.ml.artifacts import ArtifactError
 from apps.ml.registry import DEFAULT_ENDPOINT
+from apps.ml.schema import Schema
 
 SHOWN_PROBLEMS = 20
 ENDING = (signal.SIGTERM, signal.SIGINT)
 GZIP = ".gz"
-READ_BYTES = 2**20  # at a time: whoever reads often lets go of the lock of Python often, and waits to get it back
+TABLES = (".csv", ".csv.gz", ".parquet")
 
 
 class _Terminated(KeyboardInterrupt):
@@ -36,15 +41,27 @@ class _Terminated(KeyboardInterrupt):
 
 
 class Command(BaseCommand):
-    help = "Score a CSV of customers into another: the same lines, with request_id, probability and label added."
+    help = (
+        "Score a table of customers into another: the same rows, with request_id, probability and label added. "
+        "CSV or Parquet, files of this machine or URLs that fsspec understands, such as s3://bucket/customers.parquet."
+    )
 
     def create_parser(self, *args: Any, **kwargs: Any) -> CommandParser:
         # Every command of Django has a --version of its own, to which this one's gives no room otherwise.
         return super().create_parser(*args, conflict_handler="resolve", **kwargs)
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("input", metavar="INPUT", type=Path, help="A CSV; one that ends in .gz is read as gzip.")
-        parser.add_argument("output", metavar="OUTPUT", type=Path, help="Replaced if it is there; .gz as for INPUT.")
+        parser.add_argument(
+            "input",
+            metavar="INPUT",
+            help="A CSV, one in gzip, or Parquet; or a folder of such files, alike in their columns, taken by name.",
+        )
+        parser.add_argument("output", metavar="OUTPUT", help="A file, replaced if it is there; gzip if it ends in .gz.")
+        parser.add_argument(
+            "--format",
+            choices=BatchJob.Format.values,
+            help="Of OUTPUT. By default parquet if its name ends so, else csv.",
+        )
         parser.add_argument(
             "--log",
             choices=BatchJob.Log.values,
@@ -65,8 +82,9 @@ class Command(BaseCommand):
     def handle(
         self,
         *,
-        input: Path,
-        output: Path,
+        input: str,
+        output: str,
+        format: str | None,
         endpoint: str,
         status: str | None,
         version: str | None,
@@ -76,18 +94,20 @@ class Command(BaseCommand):
         **options: Any,
     ) -> None:
         wanted = Wanted(status, version, algorithm, default_status=Status.PRODUCTION)
+        form = format or (BatchJob.Format.PARQUET if output.endswith(".parquet") else BatchJob.Format.CSV)
         began = time.monotonic()
         try:
+            files, found = _found(input)
+            _check_apart(files, found, output)
+            sources = [storage.source(files, each, _base_name(each["name"])) for each in found]
             if log == BatchJob.Log.NONE and on_error == BatchJob.OnError.FAIL:
-                said = self._score(input, output, endpoint, wanted)
+                said = self._score(sources, output, form, endpoint, wanted)
             else:
-                said = self._score_as_job(input, output, endpoint, wanted, log, on_error)
+                said = self._score_as_job(sources, input, output, form, endpoint, wanted, log, on_error)
         except BadRows as error:
             raise CommandError(_told(error)) from None
         except (BatchError, PredictionError, ArtifactError) as error:
             raise CommandError(str(error)) from None
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise CommandError(f"{input} is damaged or no gzip: {error}") from None
         except OSError as error:
             raise CommandError(f"{error.filename or output}: {error.strerror or error}") from None
         except KeyboardInterrupt as interruption:
@@ -95,26 +115,44 @@ class Command(BaseCommand):
             raise CommandError("Interrupted; nothing was written.", returncode=128 + number) from None
         self.stdout.write(said.format(seconds=f"{time.monotonic() - began:.1f} s"))
 
-    def _score(self, input: Path, output: Path, endpoint: str, wanted: Wanted) -> str:
+    def _score(self, sources: Sequence[Source], output: str, form: str, endpoint: str, wanted: Wanted) -> str:
         with (
             _told_by_sigterm(),
-            _reading(input) as (source, raw),
-            _replacing(output, input) as target,
-            _progress(raw) as progress,
+            tables.opened(sources) as table,
+            _replacing(output) as target,
+            _progress(table, sources) as progress,
         ):
-            answered_by, rows = batch.score_file(source, target, endpoint, wanted, progress=progress)
+            writer = _ParquetOutput(target) if form == BatchJob.Format.PARQUET else _CsvOutput(target)
+            with closing(writer):
+                answered_by, rows = batch.score_table(table, writer, endpoint, wanted, progress=progress)
         return f"{rows:,} customers were scored by {answered_by} into {output} in {{seconds}}; nothing was recorded."
 
-    def _score_as_job(self, input: Path, output: Path, endpoint: str, wanted: Wanted, log: str, on_error: str) -> str:
+    def _score_as_job(
+        self,
+        sources: Sequence[Source],
+        input: str,
+        output: str,
+        form: str,
+        endpoint: str,
+        wanted: Wanted,
+        log: str,
+        on_error: str,
+    ) -> str:
         """A job in the foreground. Whatever dies, the server's workers go on with it and nobody is logged twice."""
-        with _replacing(output, input) as target:
-            with input.open("rb") as file:
+        if not all(source.is_file for source in sources):
+            raise CommandError(f"{input} can be read only once; write it into a file, or use --log none.")
+        with _replacing(output) as target:
+            with ExitStack() as files:
                 job, _ = batch_jobs.submit(
-                    *(File(file, input.name), endpoint, wanted),
+                    [_File(files.enter_context(source.open()), source) for source in sources],
+                    endpoint,
+                    wanted,
                     by=getpass.getuser(),
                     now=timezone.now(),
                     on_error=on_error,
                     log=log,
+                    result_format=form,
+                    file_name=input.rstrip("/").rsplit("/", 1)[-1],
                     claimed=True,
                 )
             with _stopping() as number, tqdm(unit=" customers", unit_scale=True, disable=None) as bar:
@@ -135,7 +173,7 @@ class Command(BaseCommand):
                     returncode=128 + number[0] if number else 1,
                 )
             for block in batch_jobs.result(job)[1]:
-                target.buffer.write(block)
+                target.write(block)
         refused = (
             f"; {job.rows_refused:,} of {job.rows_total:,} rows were refused (job {job.pk})" if job.rows_refused else ""
         )
@@ -146,10 +184,90 @@ class Command(BaseCommand):
         )
 
 
+class _File(File):
+    """A source as what a job is made of."""
+
+    def __init__(self, file: BinaryIO, source: Source):
+        super().__init__(file, source.name)
+        self.size = source.size
+
+
+class _CsvOutput:
+    def __init__(self, target: BinaryIO):
+        self._target = target
+
+    def begin(self, answered: AnsweredCsv, table: Table, schema: Schema) -> None:
+        self.write(answered.header())
+
+    def write(self, text: str) -> None:
+        self._target.write(text.encode())
+
+    def close(self) -> None:
+        """There is nothing to add."""
+
+
+class _ParquetOutput:
+    def __init__(self, target: BinaryIO):
+        self._target = target
+        self._writer: ParquetWriter | None = None
+
+    def begin(self, answered: AnsweredCsv, table: Table, schema: Schema) -> None:
+        columns = parquet_file.types_of(answered.names, schema, answered.added, table.types, table.layout.delimiter)
+        self._writer = ParquetWriter(self._target, columns)
+
+    def write(self, text: str) -> None:
+        self._writer.write(text.encode())
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+def _found(named: str) -> tuple[AbstractFileSystem, list[dict[str, Any]]]:
+    """The files that INPUT names, as their file system describes them. Raises BatchError, OSError."""
+    try:
+        files, path = url_to_fs(named)
+    except (ImportError, ValueError) as error:  # of a kind of URL that nothing here can read
+        raise BatchError(f"{named} cannot be read: {error}") from None
+    try:
+        found = [files.info(path)]
+    except FileNotFoundError:
+        raise BatchError(f"There is no file {named}.") from None
+    if found[0]["type"] == "directory":
+        found = [each for each in files.ls(path, detail=True) if each["type"] == "file" and _is_table(each["name"])]
+        if not found:
+            raise BatchError(f"There is no file in {named} that ends in {', '.join(TABLES)}.")
+    return files, sorted(found, key=lambda each: each["name"])
+
+
+def _check_apart(files: AbstractFileSystem, found: Sequence[dict[str, Any]], output: str) -> None:
+    """Raise CommandError if OUTPUT is one of the files that are read."""
+    try:
+        others, path = url_to_fs(output)
+    except (ImportError, ValueError) as error:
+        raise CommandError(f"{output} cannot be written: {error}") from None
+    for each in found if others == files and others.exists(path) else ():
+        if each["name"] == path or (storage.is_local(files) and Path(each["name"]).samefile(path)):
+            raise CommandError(f"OUTPUT is {'INPUT itself' if len(found) == 1 else each['name']}; name another file.")
+
+
+def _is_table(path: str) -> bool:
+    """Of what else lies beside part files, names begin with a dot or an underscore."""
+    name = _base_name(path)
+    return name.endswith(TABLES) and not name.startswith((".", "_"))
+
+
+def _base_name(path: str) -> str:
+    return path.replace(os.sep, "/").rstrip("/").rsplit("/", 1)[-1]
+
+
 def _told_by(job: BatchJob) -> str:
     lines = [job.problem]
     with suppress(batch_jobs.JobError):
-        lines += [f"line {e['line']}: {e['reason']}" for e in batch_jobs.first_errors(job, most=SHOWN_PROBLEMS)]
+        lines += [
+            f"{each['file'] + ', ' if 'file' in each else ''}line {each['line']}: {each['reason']}"
+            for each in batch_jobs.first_errors(job, most=SHOWN_PROBLEMS)
+        ]
     return "\n".join([*lines, "Nothing was written."])
 
 
@@ -166,7 +284,7 @@ def _stopping() -> Iterator[list[int]]:
 
 
 def _told(error: BadRows) -> str:
-    lines = [f"line {problem.line}: {problem.message}" for problem in error.problems[:SHOWN_PROBLEMS]]
+    lines = [str(problem) for problem in error.problems[:SHOWN_PROBLEMS]]
     more = len(error.problems) - SHOWN_PROBLEMS
     if len(error.problems) >= batch.MOST_PROBLEMS:
         lines.append(f"(and at least {more:,} more; the rest of the file was not read)")
@@ -190,48 +308,33 @@ def _told_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The table as bytes, and the file that they come from."""
-    with path.open("rb", READ_BYTES) as raw:
-        if path.suffix == GZIP:
-            with io.BufferedReader(gzip.open(raw), READ_BYTES) as unpacked:
-                yield unpacked, raw
+def _replacing(named: str) -> Iterator[BinaryIO]:
+    """A file beside OUTPUT that takes its place when all is well, and else goes."""
+    files, path = url_to_fs(named)
+    if storage.is_local(files):
+        path = str(Path(path).resolve())  # a link stays one
+        if not Path(path).parent.is_dir():
+            raise CommandError(f"There is no folder {Path(path).parent}; create it, or name another file.")
+    if files.exists(path) and not files.isfile(path):
+        raise CommandError(f"{named} is no file that could be replaced; name another.")
+    with storage.replacing(files, path) as file:
+        if path.endswith(GZIP):
+            with gzip.open(file, "wb") as target:
+                yield target
         else:
-            yield raw, raw
+            yield file
 
 
 @contextmanager
-def _replacing(path: Path, source: Path) -> Iterator[TextIO]:
-    """A file beside `path` that takes its place when all is well, and else goes."""
-    if path.exists() and path.samefile(source):
-        raise CommandError("OUTPUT is INPUT itself; name another file.")
-    if path.exists() and not path.is_file():
-        raise CommandError(f"{path} is no file that could be replaced; name another.")
-    if not path.parent.is_dir():
-        raise CommandError(f"There is no folder {path.parent}; create it, or name another file.")
-    path = path.resolve()  # a link stays one
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        opened = gzip.open if path.suffix == GZIP else open
-        with opened(part, "wt", encoding="utf-8", newline="") as target:
-            yield target
-        with part.open("r+b") as written:
-            os.fsync(written.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress(raw: BinaryIO) -> Iterator[Any]:
-    """A bar over the bytes of the file, with the rate in rows."""
+def _progress(table: Table, sources: Sequence[Source]) -> Iterator[Any]:
+    """A bar over the bytes of the files, with the rate in rows."""
     began, rows = time.monotonic(), 0
-    with tqdm(total=os.fstat(raw.fileno()).st_size, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(total=sum(source.size for source in sources), unit="B", unit_scale=True, disable=None) as bar:
 
         def advance(more: int) -> None:
             nonlocal rows
             rows += more
             bar.set_postfix_str(f"{rows / (time.monotonic() - began):,.0f} customers/s", refresh=False)
-            bar.update(raw.tell() - bar.n)
+            bar.update(table.position - bar.n)
 
         yield advance

@@ -58,13 +58,18 @@
         button.disabled = true;
         let found = {};
         try {
-            const answer = await fetch(`${zone.dataset.columnsUrl}?algorithm=${encodeURIComponent(algorithm.value)}`, {
+            const isParquet = (await file.slice(0, 4).text()) === "PAR1";
+            const query = `algorithm=${encodeURIComponent(algorithm.value)}${isParquet ? "&parquet" : ""}`;
+            const looked = isParquet
+                ? file.slice(-Number(zone.dataset.longestFooter))
+                : file.slice(0, Number(zone.dataset.beginning));
+            const answer = await fetch(`${zone.dataset.columnsUrl}?${query}`, {
                 method: "POST",
                 headers: {
                     "Content-Type": "application/octet-stream",
                     "X-CSRFToken": form.elements["csrfmiddlewaretoken"].value,
                 },
-                body: await file.slice(0, Number(zone.dataset.beginning)).arrayBuffer(),
+                body: await looked.arrayBuffer(),
             });
             found = await answer.json();
         } catch {
