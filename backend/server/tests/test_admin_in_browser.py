@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -263,6 +265,32 @@ def test_a_file_without_a_column_cannot_be_sent(page):
     drop(page, "shop.csv", table.to_csv(index=False))
     expect(page.locator(".columns .problem")).to_have_count(0)
     expect(page.get_by_role("button", name="Score the file")).to_be_enabled()
+
+
+def test_a_parquet_file_is_looked_into_before_it_is_sent_and_comes_back_as_one(page):
+    table = make_customers(300, seed=9)
+    content = io.BytesIO()
+    table.rename(columns={"RecencyDays": "Recency"}).to_parquet(content)
+    page.goto("/admin/endpoints/batchjob/add/")
+    chosen = {"name": "shop.parquet", "mimeType": "", "buffer": content.getvalue()}
+    page.locator("input[type=file]").set_input_files(chosen)
+    expect(page.locator(".is-missing li")).to_have_text(["RecencyDays: is it Recency?"])
+
+    content = io.BytesIO()
+    table.to_parquet(content)
+    page.locator("input[type=file]").set_input_files({**chosen, "buffer": content.getvalue()})
+    expect(page.locator(".is-ignored li")).to_have_text(["IsRetained"])
+    page.get_by_role("button", name="Score the file").click()
+    expect(page.get_by_text("Succeeded")).to_be_visible(timeout=60_000)
+
+    for link, name, read in [
+        ("Download the result", "shop-scored.parquet", pd.read_parquet),
+        ("The same as CSV", "shop-scored.csv", pd.read_csv),
+    ]:
+        with page.expect_download() as download:
+            page.get_by_role("link", name=link).click()
+        assert download.value.suggested_filename == name
+        assert list(read(download.value.path())["CustomerId"]) == list(table["CustomerId"])
 
 
 def test_bad_rows_are_listed_on_the_page_of_the_job(page):
