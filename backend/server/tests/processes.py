@@ -60,8 +60,12 @@ class Server:
 
 
 def environment(database_url: str, artifacts_dir: Path, **more: str) -> dict[str, str]:
-    """The environment of a server of its own: nothing of the test run's settings reaches it."""
-    ours = {"DATABASE_URL": database_url, "ML_ARTIFACTS_DIR": str(artifacts_dir), "BATCH_WORKERS": "0"}
+    """The environment of a server of its own: nothing of the test run's settings reaches it.
+
+    One process answers, as each takes seconds to load; whoever tests several asks for them.
+    """
+    ours = {"DATABASE_URL": database_url, "ML_ARTIFACTS_DIR": str(artifacts_dir)}
+    ours |= {"BATCH_WORKERS": "0", "WEB_CONCURRENCY": "1"}
     return {**outside_world(), **ours, **more}
 
 

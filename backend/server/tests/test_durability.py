@@ -92,7 +92,7 @@ def logged(env: dict[str, str], folder: Path) -> dict[int, tuple[str, float]]:
 def test_after_kill_9_of_every_process_no_acknowledged_answer_is_missing_or_another_customers(
     database_url, trained, tmp_path
 ):
-    env = processes.environment(database_url, trained, DEBUG="1", LOG_LEVEL="WARNING")
+    env = processes.environment(database_url, trained, DEBUG="1", LOG_LEVEL="WARNING", WEB_CONCURRENCY="2")
     processes.manage("migrate", env=env)
     headers = processes.token_header(env)
     acknowledged: dict[int, tuple[str, float]] = {}
@@ -116,7 +116,7 @@ def test_after_kill_9_of_every_process_no_acknowledged_answer_is_missing_or_anot
 
 
 def test_a_server_that_is_told_to_stop_answers_every_request_that_it_records(trained, tmp_path):
-    env = processes.environment(f"sqlite:///{tmp_path / 'server.sqlite3'}", trained, DEBUG="1", LOG_LEVEL="WARNING")
+    env = processes.environment(f"sqlite:///{tmp_path / 'server.sqlite3'}", trained, DEBUG="1", WEB_CONCURRENCY="2")
     processes.manage("migrate", env=env)
     with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
         server.headers = processes.token_header(env)

@@ -32,7 +32,7 @@ BODY = b'{"Orders": 3}'
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> dict[str, str]:
     file = tmp_path_factory.mktemp("serve") / "server.sqlite3"
-    env = processes.environment(f"sqlite:///{file}", trained, DEBUG="1")
+    env = processes.environment(f"sqlite:///{file}", trained, DEBUG="1", WEB_CONCURRENCY="2")
     processes.manage("migrate", env=env)
     return env
 
@@ -199,10 +199,10 @@ def test_who_is_killed_again_and_again_is_replaced_each_time_and_a_client_at_mos
         before = started.workers()
         os.kill(before[0], signal.SIGKILL)
         wait_for(lambda before=before: len(set(started.workers()) - set(before)) == 1)
+        processes.wait_until_answered(f"{started.url}/readyz", started.process, started.log)
 
     new = started.workers()
     assert len(new) == 2
-    assert started.get("/readyz").status_code == 200
     wait_until_all_answer(started, new)
     assert started.log.read_text().count("Serving on") == 1
 

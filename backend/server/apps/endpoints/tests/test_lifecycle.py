@@ -61,7 +61,7 @@ def client(request, tmp_path_factory, trained) -> Iterator[Client]:
         with psycopg.connect(f"{root}/postgres", autocommit=True) as connection:
             connection.execute("CREATE DATABASE lifecycle")
         url = f"{root}/lifecycle"
-    env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="WARNING")
+    env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="WARNING", WEB_CONCURRENCY="2")
     processes.manage("migrate", env=env)
     with processes.running(env, folder / "server.log", wait_for="/readyz") as server:
         yield Client(server)
