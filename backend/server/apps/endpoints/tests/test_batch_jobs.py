@@ -117,7 +117,7 @@ class TestALargerUpload:
         assert upload(api, content).status_code == 202
 
         assert Path(seen[0]).parent == tmp_path / "batches" / "uploads"
-        assert [path.name for path in (tmp_path / "batches").rglob("*") if path.is_file()] == ["000000-customers.csv"]
+        assert [path.name for path in (tmp_path / "batches").rglob("*") if path.is_file()] == ["000000-shop.csv"]
 
     @pytest.mark.parametrize(
         ("content", "message"),
