@@ -26,11 +26,12 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from apps.endpoints import job_files, parquet_file, prediction, tables
-from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, Checked, Columns, Scorer, columns_of, in_order
+from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, in_order
 from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile
 from apps.endpoints.journal import NewRequest, insert_prepared, prepared
 from apps.endpoints.models import BatchJob, BatchPart, MLAlgorithm
 from apps.endpoints.prediction import PredictionError, Wanted
+from apps.endpoints.scoring import Checked, Columns, Scorer, columns_of
 from apps.endpoints.storage import BLOCK, Source
 from apps.endpoints.tables import Table
 from apps.endpoints.turns import in_turn
@@ -134,7 +135,7 @@ def submit(
             return earlier, False
     (algorithm,) = prediction.choose(endpoint_name, wanted, in_test=False).algorithms
     with tables.opened([_source(file) for file in files]) as table:
-        scorer = Scorer(algorithm, table.layout)
+        scorer = Scorer(prediction.classifier_of(algorithm), table.layout)
         if not result_format:
             result_format = BatchJob.Format.CSV if table.types is None else BatchJob.Format.PARQUET
         if result_format == BatchJob.Format.PARQUET:
@@ -387,7 +388,7 @@ class _Run:
         refused = rows = 0
         broken: BadRows | None = None
         with self._table() as table, _errors_file(job, are_several=table.are_several) as write_errors:
-            scorer = Scorer(self._algorithm, table.layout)
+            scorer = Scorer(prediction.classifier_of(self._algorithm), table.layout)
             try:
                 for chunk in table.chunks(CHUNK_ROWS):
                     checked = scorer.check(chunk)
@@ -419,7 +420,7 @@ class _Run:
         if job.rows_read == job.rows_total:
             return
         with self._table() as table:
-            scorer = Scorer(self._algorithm, table.layout)
+            scorer = Scorer(prediction.classifier_of(self._algorithm), table.layout)
             answered = AnsweredCsv(table.layout, with_ids=self._is_logged)
             chunks = table.chunks(PART_ROWS, skip=job.rows_read, while_skipping=self._stay)
             # The next part is made ready while this one is written.
