@@ -30,6 +30,7 @@ CHUNK_ROWS = 10_000
 MOST_PROBLEMS = 1_000
 MOST_THREADS = 4  # each holds chunks, and one thread reads and writes for all
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -164,7 +165,7 @@ def score_table(
     return algorithm, scored
 
 
-def in_order(work: Callable[[Chunk], Result], chunks: Iterable[Chunk], threads: int) -> Iterator[Result]:
+def in_order(work: Callable[[Item], Result], chunks: Iterable[Item], threads: int) -> Iterator[Result]:
     """What some threads make of the chunks, in their order, while the caller goes on; few chunks are held at a time.
 
     Where the chunks end in a BatchError, it is raised after what was made of those before.

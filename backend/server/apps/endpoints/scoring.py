@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,16 @@ class Checked:
         return self.cells.keys()
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What became of a chunk of so many rows. results: what is answered for each row that could be scored."""
+
+    rows_read: int
+    checked: Checked
+    results: list[dict[str, Any]]
+    elapsed_ms: float
+
+
 class Scorer:
     """One classifier, and files that are laid out in one way. Raises BatchError for columns that do not fit.
 
@@ -65,6 +76,12 @@ class Scorer:
         self._header = layout.header
         check_columns(layout.header, self.schema)
         self._reader = columnar.CellReader(self.schema, layout.header, layout.delimiter)
+
+    def score(self, chunk: Chunk) -> Scored:
+        began = time.perf_counter()
+        checked = self.check(chunk)
+        results = self.answer(checked)
+        return Scored(len(chunk), checked, results, (time.perf_counter() - began) * 1000)
 
     def check(self, chunk: Chunk) -> Checked:
         cells = self._reader.read(chunk.records) if chunk.is_plain else None
