@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -17,11 +18,12 @@ from django.core.files.base import ContentFile
 from django.core.management import CommandError, call_command
 from django.utils import timezone
 
+import train
 from apps.endpoints import batch_jobs, cluster
 from apps.endpoints.csv_file import BatchError, Chunk, CsvFile, Layout
 from apps.endpoints.models import BatchJob, MLRequest
 from apps.endpoints.prediction import Wanted, classifier_of
-from apps.ml.artifacts import ArtifactError
+from apps.ml.artifacts import ArtifactError, open_run
 from conftest import make_customers
 from tests.postgresql import free_port
 from tests.processes import REPOSITORY, outside_world
@@ -282,6 +284,49 @@ class Poison(Chunk):
 
     def __reduce__(self):
         return os._exit, (1,)
+
+
+class TestTraining:
+    @pytest.fixture
+    def parts(self, tmp_path) -> train.Split:
+        make_customers(4_000).to_csv(tmp_path / "customers.csv", index=False)
+        return train.split(train.load_table(tmp_path / "customers.csv"))
+
+    def test_gives_the_same_models(self, two_hosts, parts):
+        there, here = train.fit(parts, dask=two_hosts.address), train.fit(parts)
+
+        for key, fitted in there.items():
+            assert fitted.model.get_params() == here[key].model.get_params()
+            assert fitted.probability(parts.test_matrix).tolist() == here[key].probability(parts.test_matrix).tolist()
+
+    def test_by_the_command_writes_a_run_of_the_same_scores(self, two_hosts, customers_csv, trained, tmp_path):
+        told = ["--data", str(customers_csv), "--artifacts-dir", str(tmp_path), "--dask", two_hosts.address]
+
+        assert train.main(told) == 0
+
+        mine, theirs = (open_run(folder, "1.0.0").manifest for folder in (tmp_path, trained))
+        assert mine["metrics"] == theirs["metrics"]
+        assert mine["samples"] == theirs["samples"]
+
+    def test_without_a_cluster_is_refused_with_a_sentence(self, parts, tmp_path, monkeypatch):
+        monkeypatch.setattr(train, "CLUSTER_SECONDS", 1)
+        with pytest.raises(train.ClusterError, match=f"The Dask scheduler at {NOWHERE} does not answer"):
+            train.fit(parts, dask=NOWHERE)
+
+        empty = Cluster(tmp_path)
+        monkeypatch.setattr(train, "CLUSTER_SECONDS", 30)
+        try:
+            with pytest.raises(train.ClusterError, match=f"The Dask cluster at {empty.address} has no workers"):
+                train.fit(parts, dask=empty.address)
+        finally:
+            empty.stop()
+
+    def test_without_dask_says_how_to_install_it(self, customers_csv, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
+
+        assert train.main(["--data", str(customers_csv), "--artifacts-dir", str(tmp_path), "--dask", NOWHERE]) == 2
+
+        assert capsys.readouterr().err == "--dask needs Dask: pip install -r requirements-dask.txt\n"
 
 
 class TestAModelInStorage:
