@@ -133,6 +133,6 @@ endef
 	@echo "Installing what the server needs (a minute or two the first time) ..."
 	$(call INSTALL,install -r requirements.txt)
 
-.venv/dev: requirements-dev.txt research/requirements.txt .venv/runtime
+.venv/dev: requirements-dev.txt requirements-dask.txt research/requirements.txt .venv/runtime
 	@echo "Installing what the tests need (a minute or two the first time) ..."
 	$(call INSTALL,install -r requirements-dev.txt && install --no-deps lifetimes==0.11.3)

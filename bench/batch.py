@@ -84,7 +84,7 @@ LAYERS = """
 import json, sys, time
 import django
 django.setup()
-from apps.endpoints import batch, csv_file, prediction
+from apps.endpoints import batch, csv_file, prediction, scoring
 from apps.endpoints.prediction import Wanted
 spent = {}
 def timed(layer, work, *arguments):
@@ -97,7 +97,8 @@ with open(sys.argv[1], "rb", 2**20) as file, open(sys.argv[2], "w", encoding="ut
     source = csv_file.CsvFile(file)
     wanted = Wanted(None, None, None, default_status="production")
     (algorithm,) = prediction.choose("classifier", wanted, in_test=False).algorithms
-    scorer = timed("loading the model", batch.Scorer, algorithm, source.layout)
+    classifier = timed("loading the model", prediction.classifier_of, algorithm)
+    scorer = scoring.Scorer(classifier, source.layout)
     answered = batch.AnsweredCsv(source.layout)
     chunks = source.chunks(batch.CHUNK_ROWS)
     while chunk := timed("reading lines", next, chunks, None):

@@ -2,6 +2,7 @@
 
     python research/train.py
     python research/train.py --data customers.csv --target Churn --positive No --id customerID
+    python research/train.py --dask tcp://10.0.0.5:8786
 
 The notebook calls the same functions: `load_table`, `split`, `fit`, `evaluate` and `write_artifacts`, or
 `train` for all but the first.
@@ -18,13 +19,16 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import environ
+import joblib
 import numpy as np
 import pandas as pd
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
@@ -83,6 +87,12 @@ _IDENTIFIER_NAME = re.compile(
 _IDENTIFIER_IN_CAMEL_CASE = re.compile(r"[a-z0-9](Id|ID|Key)$")
 
 _ROWS_AT_A_TIME = 50_000
+
+CLUSTER_SECONDS = 10  # within which a scheduler answers, if it is there
+
+
+class ClusterError(Exception):
+    """A Dask cluster that cannot train; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -227,20 +237,55 @@ def split(table: Table, seed: int = SEED) -> Split:
         raise TableError(f"The table cannot be encoded: {error}.") from error
 
 
-def fit(parts: Split, seed: int = SEED, models: Mapping[str, Callable[[int], Any]] = MODELS) -> dict[str, Fitted]:
-    """Train each model on the training part, on all processors. Afterwards each uses one, as the server does."""
+def fit(
+    parts: Split,
+    seed: int = SEED,
+    models: Mapping[str, Callable[[int], Any]] = MODELS,
+    dask: str | None = None,
+) -> dict[str, Fitted]:
+    """Train each model on the training part, on all processors. Afterwards each uses one, as the server does.
+
+    dask: the address of a scheduler, on whose cluster the same is trained. Raises ClusterError.
+    """
     fitted = {}
-    for key, make in _progress(models.items(), "Training"):
-        started = time.perf_counter()
-        model = make(seed)
-        parallel = "n_jobs" in model.get_params()
-        if parallel:
-            model.set_params(n_jobs=-1)
-        model.fit(parts.train_matrix, parts.train_outcome)
-        if parallel:
-            model.set_params(n_jobs=None)
-        fitted[key] = Fitted(model, time.perf_counter() - started)
+    with _on_cluster(dask) if dask else nullcontext():
+        for key, make in _progress(models.items(), "Training"):
+            started = time.perf_counter()
+            model = make(seed)
+            parallel = "n_jobs" in model.get_params()
+            if parallel:
+                model.set_params(n_jobs=-1)
+            model.fit(parts.train_matrix, parts.train_outcome)
+            if parallel:
+                model.set_params(n_jobs=None)
+            fitted[key] = Fitted(model, time.perf_counter() - started)
     return fitted
+
+
+@contextmanager
+def _on_cluster(address: str) -> Iterator[None]:
+    """What scikit-learn does in parallel is done by the workers of a Dask cluster. Raises ClusterError."""
+    try:
+        from distributed import CancelledError, Client, KilledWorker
+    except ImportError:
+        raise ClusterError("--dask needs Dask: pip install -r requirements-dask.txt") from None
+    try:
+        client = Client(address, timeout=CLUSTER_SECONDS)
+    except (OSError, ImportError, ValueError) as error:
+        raise ClusterError(f"The Dask scheduler at {address} does not answer ({error}).") from None
+    with client:
+        versions = client.run(metadata.version, "scikit-learn")
+        if not versions:
+            raise ClusterError(f"The Dask cluster at {address} has no workers.")
+        here = metadata.version("scikit-learn")
+        for worker, version in versions.items():
+            if version != here:
+                raise ClusterError(f"The Dask worker {worker} has scikit-learn {version}, this is {here}.")
+        try:
+            with joblib.parallel_config(backend="dask"):
+                yield
+        except (CancelledError, KilledWorker):
+            raise ClusterError(f"The Dask cluster at {address} lost a worker while it trained; train again.") from None
 
 
 def evaluate(
@@ -325,11 +370,13 @@ def train(
     directory: Path | str | None = None,
     resamples: int = evaluation.RESAMPLES,
     models: Mapping[str, Callable[[int], Any]] = MODELS,
+    dask: str | None = None,
 ) -> artifacts.TrainingRun:
     """Split, fit, evaluate and write one run; returns it, with everything in its manifest.
 
     version: by default the next minor after the highest. directory: of the runs, by default
-    `ML_ARTIFACTS_DIR` or `research/artifacts`. Raises TableError, ArtifactError or OSError.
+    `ML_ARTIFACTS_DIR` or `research/artifacts`. dask: as for `fit`. Raises TableError, ClusterError, ArtifactError or
+    OSError.
     """
     started = time.perf_counter()
     directory = Path(directory) if directory else artifacts.default_artifacts_dir()
@@ -340,7 +387,7 @@ def train(
             f"Version {version} exists already in {directory}; choose another with --version."
         )
     parts = split(table, seed)
-    fitted = fit(parts, seed, models)
+    fitted = fit(parts, seed, models, dask)
     metrics = evaluate(fitted, parts, seed, resamples)
     return write_artifacts(
         table,
@@ -386,8 +433,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Training on {table.filename}: {len(table.frame):,} rows, {len(table.schema.columns)} features.\n"
         )
         sys.stdout.flush()
-        run = train(table, version=options.version, seed=options.seed, directory=options.artifacts_dir)
-    except (TableError, artifacts.ArtifactError) as error:
+        run = train(
+            table, version=options.version, seed=options.seed, directory=options.artifacts_dir, dask=options.dask
+        )
+    except (TableError, ClusterError, artifacts.ArtifactError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except OSError as error:
@@ -425,6 +474,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         default=artifacts.default_artifacts_dir(),
         help="where runs are written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="train on the Dask cluster of this scheduler, tcp://HOST:PORT"
     )
     parser.add_argument("--if-missing", action="store_true", help="do nothing if there is a run already")
     return parser.parse_args(argv)

@@ -5,7 +5,9 @@ An empty value is the same as none. Relative paths count from the top of the rep
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import zoneinfo
 from collections.abc import Collection
 from pathlib import Path
@@ -62,6 +64,16 @@ def time_zone(name: str, default: str) -> str:
         zoneinfo.ZoneInfo(value)
     except (KeyError, ValueError, OSError):
         raise ImproperlyConfigured(f"{name} must be a time zone such as Europe/Berlin, not {value!r}.") from None
+    return value
+
+
+def dask(name: str) -> str:
+    """The address of a Dask scheduler, or ""."""
+    value = text(name)
+    if value and not re.fullmatch(r"(tcp|tls)://.+:[0-9]+", value):
+        raise ImproperlyConfigured(f"{name} must be like tcp://10.0.0.5:8786, not {value!r}.")
+    if value and importlib.util.find_spec("distributed") is None:
+        raise ImproperlyConfigured(f"{name} needs Dask: pip install -r requirements-dask.txt")
     return value
 
 

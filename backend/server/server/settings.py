@@ -38,6 +38,7 @@ BATCH_MAX_BYTES = env.number("BATCH_MAX_BYTES", default=10 * 2**30)
 BATCH_SYNC_ROWS = env.number("BATCH_SYNC_ROWS", default=20_000, least=0)
 BATCH_KEEP_DAYS = env.number("BATCH_KEEP_DAYS", default=7)
 BATCH_LEASE_SECONDS = env.number("BATCH_LEASE_SECONDS", default=60)
+DASK_SCHEDULER = env.dask("DASK_SCHEDULER")
 
 # --- Django -----------------------------------------------------------------------------------------------
 INSTALLED_APPS = [

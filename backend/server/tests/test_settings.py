@@ -161,6 +161,7 @@ def refusal_of(env: dict[str, str]) -> str:
         ("TIME_ZONE", "Mars/Olympus", "such as Europe/Berlin"),
         ("TIME_ZONE", "/etc/passwd", "such as Europe/Berlin"),
         ("SECURE_HSTS_SECONDS", "1 year", "must be a whole number of 0 or more"),
+        ("DASK_SCHEDULER", "10.0.0.5", "must be like tcp://10.0.0.5:8786"),
         ("DATABASE_URL", "nonsense", "must be like sqlite:///file.sqlite3, postgresql://"),
         ("DATABASE_URL", "postgress://u:secret@h/db", "must be like"),
         ("DATABASE_URL", "sqlite://file.sqlite3", "three slashes"),
@@ -176,6 +177,14 @@ def test_a_bad_value_is_refused_with_one_sentence(name, value, words):
     assert refusal.startswith(name) and "\n" not in refusal
     assert words in refusal
     assert "secret" not in refusal
+
+
+def test_a_cluster_needs_dask(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
+
+    refusal = refusal_of({"DASK_SCHEDULER": "tcp://10.0.0.5:8786"})
+
+    assert refusal == "DASK_SCHEDULER needs Dask: pip install -r requirements-dask.txt"
 
 
 @pytest.mark.parametrize("key", ["", "development-only-and-refused-without-debug"])

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,12 +24,13 @@ from django.db.models import DateTimeField, ExpressionWrapper, Q
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from apps.endpoints import job_files, parquet_file, prediction, tables
-from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, Checked, Columns, Scorer, columns_of, in_order
-from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile
+from apps.endpoints import cluster, job_files, parquet_file, prediction, tables
+from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, in_order
+from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile, Layout
 from apps.endpoints.journal import NewRequest, insert_prepared, prepared
 from apps.endpoints.models import BatchJob, BatchPart, MLAlgorithm
 from apps.endpoints.prediction import PredictionError, Wanted
+from apps.endpoints.scoring import Checked, Columns, Scored, Scorer, columns_of
 from apps.endpoints.storage import BLOCK, Source
 from apps.endpoints.tables import Table
 from apps.endpoints.turns import in_turn
@@ -134,7 +134,7 @@ def submit(
             return earlier, False
     (algorithm,) = prediction.choose(endpoint_name, wanted, in_test=False).algorithms
     with tables.opened([_source(file) for file in files]) as table:
-        scorer = Scorer(algorithm, table.layout)
+        scorer = Scorer(prediction.classifier_of(algorithm), table.layout)
         if not result_format:
             result_format = BatchJob.Format.CSV if table.types is None else BatchJob.Format.PARQUET
         if result_format == BatchJob.Format.PARQUET:
@@ -338,6 +338,9 @@ def run(job: BatchJob, is_stopping: Callable[[], bool] = lambda: False) -> None:
         _fail(job, str(first) if first.file else f"Line {first.line}: {first.message}")
     except (BatchError, PredictionError) as error:
         _fail(job, str(error))
+    except cluster.Unreachable as error:
+        logger.error("Job %s waits: %s", job.pk, error)
+        release(job, problem=str(error), fruitless_turns=0, lease_until=_from_now(RETRY_SECONDS))
     except (DatabaseError, InterfaceError):
         raise
     except Exception as error:
@@ -387,7 +390,7 @@ class _Run:
         refused = rows = 0
         broken: BadRows | None = None
         with self._table() as table, _errors_file(job, are_several=table.are_several) as write_errors:
-            scorer = Scorer(self._algorithm, table.layout)
+            scorer = Scorer(prediction.classifier_of(self._algorithm), table.layout)
             try:
                 for chunk in table.chunks(CHUNK_ROWS):
                     checked = scorer.check(chunk)
@@ -419,27 +422,34 @@ class _Run:
         if job.rows_read == job.rows_total:
             return
         with self._table() as table:
-            scorer = Scorer(self._algorithm, table.layout)
             answered = AnsweredCsv(table.layout, with_ids=self._is_logged)
             chunks = table.chunks(PART_ROWS, skip=job.rows_read, while_skipping=self._stay)
-            # The next part is made ready while this one is written.
-            with closing(in_order(partial(self._ready, scorer), chunks, threads=1)) as parts:
+            with closing(self._parts(table.layout, chunks)) as parts:
                 for part in parts:
                     if self._is_stopping():
                         raise _Stopped
                     self._write(number, part, answered, bytes_read=table.position)
                     number += 1
 
-    def _ready(self, scorer: Scorer, chunk: Chunk) -> _Part:
-        began = time.perf_counter()
-        checked = scorer.check(chunk)
-        results = scorer.answer(checked)
-        elapsed_ms = (time.perf_counter() - began) * 1000
+    def _parts(self, layout: Layout, chunks: Iterator[Chunk]) -> Iterator[_Part]:
+        """Each part is made ready while the one before it is written."""
+        classifier = prediction.classifier_of(self._algorithm)
+        names = classifier.schema.names
+        if settings.DASK_SCHEDULER:
+            scored = cluster.scored(settings.DASK_SCHEDULER, classifier, str(settings.BATCH_DIR), chunks, self._stay)
+            with closing(scored):
+                yield from in_order(lambda each: self._ready(names, each), scored, threads=1)
+        else:
+            scorer = Scorer(classifier, layout)
+            yield from in_order(lambda chunk: self._ready(names, scorer.score(chunk)), chunks, threads=1)
+
+    def _ready(self, names: Sequence[str], scored: Scored) -> _Part:
+        checked, results = scored.checked, scored.results
         requests = []
         if self._is_logged:
-            requests = prepared(_requests(self._algorithm, scorer.schema.names, checked, results, elapsed_ms))
+            requests = prepared(_requests(self._algorithm, names, checked, results, scored.elapsed_ms))
         answers = [(result["probability"], result["label"]) for result in results]
-        return _Part(len(chunk), checked.records, answers, requests)
+        return _Part(scored.rows_read, checked.records, answers, requests)
 
     def _write(self, number: int, part: _Part, answered: AnsweredCsv, bytes_read: int) -> None:
         job = self._job

@@ -6,11 +6,10 @@ import csv
 import io
 from types import SimpleNamespace
 
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from apps.endpoints import batch, csv_file, prediction
+from apps.endpoints import batch, csv_file, scoring
 from apps.endpoints.csv_file import BadRows, BatchError, CsvFile, Layout
 from apps.ml.schema import BOOLEAN, CATEGORICAL, MAX_KEY_LENGTH, MISSING_IN_FILES, NUMERIC, Column, Schema, Target
 
@@ -203,24 +202,20 @@ class TestChunks:
         assert [cells for _, cells in all_rows(chunks)] == [line.split(",") for line in text.splitlines()[1:]]
 
 
-@pytest.fixture
-def scorer_of(monkeypatch):
+def scorer_of(schema: Schema, layout: Layout) -> scoring.Scorer:
     """A scorer of no model: it checks."""
-    monkeypatch.setattr(prediction, "classifier_of", lambda algorithm: SimpleNamespace(schema=SCHEMA))
-    return lambda layout: batch.Scorer(None, layout)
+    return scoring.Scorer(SimpleNamespace(schema=schema), layout)
 
 
 def check_both_ways(schema: Schema, chunks: list[csv_file.Chunk]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "classifier_of", lambda algorithm: SimpleNamespace(schema=schema))
-        for chunk in chunks:
-            scorer = batch.Scorer(None, chunk.layout)
-            fast, slow = scorer.check(chunk), scorer._check_one_by_one(chunk)
-            assert fast.aligned.matrix.tobytes() == slow.aligned.matrix.tobytes()
-            assert fast.aligned.filled.tolist() == slow.aligned.filled.tolist()
-            assert fast.aligned.warnings == slow.aligned.warnings
-            assert (fast.records, fast.problems) == (slow.records, slow.problems)
-            assert (fast.columns, fast.keys) == (slow.columns, slow.keys)
+    for chunk in chunks:
+        scorer = scorer_of(schema, chunk.layout)
+        fast, slow = scorer.check(chunk), scorer._check_one_by_one(chunk)
+        assert fast.aligned.matrix.tobytes() == slow.aligned.matrix.tobytes()
+        assert fast.aligned.filled.tolist() == slow.aligned.filled.tolist()
+        assert fast.aligned.warnings == slow.aligned.warnings
+        assert (fast.records, fast.problems) == (slow.records, slow.problems)
+        assert (fast.columns, fast.keys) == (slow.columns, slow.keys)
 
 
 class TestChecking:
@@ -245,26 +240,24 @@ class TestChecking:
         header = f"{schema.names[0]},x" if is_first else f"x,{schema.names[0]}"
         check_both_ways(schema, chunks_of(f"{header}\n{record}\n".encode(), 5)[0])
 
-    def test_takes_the_way_by_columns_for_what_is_plainly_right(self, scorer_of):
+    def test_takes_the_way_by_columns_for_what_is_plainly_right(self):
         """Else the test above would compare a way with itself."""
         layout = Layout(HEADER, ";", "")
-        scorer = scorer_of(layout)
+        scorer = scorer_of(SCHEMA, layout)
 
         for record in ["c;;C 1; 1.5;;True;NA", '"a";"x;y";"1";"2e5";"";"";"<NA>"', "é;;;-0.1;;no;7", "a;;;5.;;;"]:
             chunk = csv_file.Chunk(layout, [record] * 3, range(2, 5), is_plain=True)
-            assert not isinstance(scorer.check(chunk).cells, batch.ReadCells), record
+            assert not isinstance(scorer.check(chunk).cells, scoring.ReadCells), record
         for record in ["a;;;1_0;;;", "a;;;inf;;;", "a;;;NAN;;;", "a;;;1e39;;;", "a;;;1;;maybe;", "a;;1", "a;;;0x1;;;"]:
             chunk = csv_file.Chunk(layout, [record] * 3, range(2, 5), is_plain=True)
-            assert isinstance(scorer.check(chunk).cells, batch.ReadCells), record
+            assert isinstance(scorer.check(chunk).cells, scoring.ReadCells), record
 
     def test_ten_thousand_columns_are_no_matter(self):
         columns = tuple(Column(f"c{number}", NUMERIC, 0) for number in range(10_000))
         schema = Schema(columns, Target("stays", "1", "0"))
         rows = [",".join(str(column + row) for column in range(10_000)) for row in range(300)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prediction, "classifier_of", lambda algorithm: SimpleNamespace(schema=schema))
-            chunks, _ = chunks_of("\n".join([",".join(schema.names), *rows]).encode(), 10_000)
-            checked = [batch.Scorer(None, chunk.layout).check(chunk) for chunk in chunks]
+        chunks, _ = chunks_of("\n".join([",".join(schema.names), *rows]).encode(), 10_000)
+        checked = [scorer_of(schema, chunk.layout).check(chunk) for chunk in chunks]
 
         assert len(chunks) > 1
         assert [row for each in checked for row in each.aligned.matrix[:, 9_999].tolist()] == [

@@ -13,7 +13,19 @@ from tests import processes
 
 pytestmark = pytest.mark.whole  # processes with a database of their own
 
-HEAVY = {"sklearn", "scipy", "pandas", "joblib", "numba", "llvmlite", "pyarrow", "statsmodels", "matplotlib"}
+HEAVY = {
+    "sklearn",
+    "scipy",
+    "pandas",
+    "joblib",
+    "numba",
+    "llvmlite",
+    "pyarrow",
+    "statsmodels",
+    "matplotlib",
+    "dask",
+    "distributed",
+}
 
 
 @pytest.fixture
@@ -82,6 +94,10 @@ classifier.metrics, classifier.artifact_sha256, classifier.schema.sha256
 
     assert not modules & HEAVY
     assert not modules & {"django", "rest_framework", "server"}
+
+
+def test_a_worker_of_a_cluster_imports_no_django(env):
+    assert not modules_after("import apps.endpoints.cluster", env) & {*HEAVY, "django", "server"}
 
 
 def test_scoring_does_import_what_models_need(env):

@@ -168,8 +168,9 @@ class Command(BaseCommand):
                 raise CommandError(_told_by(job))
             if job.state != BatchJob.State.SUCCEEDED:
                 raise CommandError(
-                    f"Interrupted. Job {job.pk} is {job.state}; unless it was cancelled, the next worker goes on with "
-                    f"it (`manage.py batch_worker`), and its result is at /api/v1/batch-jobs/{job.pk}/result.",
+                    f"{job.problem or 'Interrupted.'} Job {job.pk} is {job.state}; unless it was cancelled, the next "
+                    "worker goes on with it (`manage.py batch_worker`), and its result is at "
+                    f"/api/v1/batch-jobs/{job.pk}/result.",
                     returncode=128 + number[0] if number else 1,
                 )
             for block in batch_jobs.result(job)[1]:
