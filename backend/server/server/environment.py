@@ -55,7 +55,15 @@ def path(name: str, default: Path) -> Path:
 def folder_or_url(name: str, default: Path) -> str:
     """A folder, or a URL of one that fsspec understands."""
     value = text(name)
-    return value if "://" in value else str(path(name, default))
+    if "://" not in value:
+        return str(path(name, default))
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(value.rpartition("::")[2].partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise ImproperlyConfigured(f"{name}: {error}.") from None
+    return value
 
 
 def time_zone(name: str, default: str) -> str:

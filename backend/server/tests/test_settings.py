@@ -161,6 +161,8 @@ def refusal_of(env: dict[str, str]) -> str:
         ("TIME_ZONE", "Mars/Olympus", "such as Europe/Berlin"),
         ("TIME_ZONE", "/etc/passwd", "such as Europe/Berlin"),
         ("SECURE_HSTS_SECONDS", "1 year", "must be a whole number of 0 or more"),
+        ("BATCH_DIR", "nowhere://x/batches", "Protocol not known: nowhere"),
+        ("BATCH_DIR", "s3://bucket/batches", "Install s3fs"),
         ("DASK_SCHEDULER", "10.0.0.5", "must be like tcp://10.0.0.5:8786"),
         ("DATABASE_URL", "nonsense", "must be like sqlite:///file.sqlite3, postgresql://"),
         ("DATABASE_URL", "postgress://u:secret@h/db", "must be like"),
