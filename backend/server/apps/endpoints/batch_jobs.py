@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Other writers wait while a part is written: this many rows take SQLite a twentieth of a second.
-PART_ROWS = 2_000
+# Other writers wait while a part is written. Of a wide table it has fewer rows, since a chunk's characters are limited.
+PART_ROWS = 5_000
 CHECKING_THREADS = 2  # beside the one that reads
 BINS = 20
 MOST_FRUITLESS_TURNS = 5

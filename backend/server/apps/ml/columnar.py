@@ -76,12 +76,13 @@ def _numbers_as_json(cells: pa.Array) -> pa.Array:
     from pyarrow import compute
 
     numbers = cells.to_numpy(zero_copy_only=False)  # NaN where one is missing
-    is_whole = (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
     texts = cells.cast(pa.string())
+    is_whole = np.floor(numbers) == numbers
     if is_whole.any():
+        is_whole &= np.abs(numbers) < 2**53
         integers = pa.array(np.where(is_whole, numbers, 0).astype(np.int64)).cast(pa.string())
         texts = compute.if_else(pa.array(is_whole), integers, texts)
-    return texts.fill_null("null")
+    return texts.fill_null("null") if texts.null_count else texts
 
 
 class CellReader:
