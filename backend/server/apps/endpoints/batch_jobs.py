@@ -472,6 +472,7 @@ class _Run:
         return _Part(scored.rows_read, bytes_read, checked.records, answers, prepared_in_bulk(requests))
 
     def _write(self, number: int, part: _Part, answered: AnsweredCsv, beside: ThreadPoolExecutor) -> None:
+        """beside: the thread that writes all files, since no two may share a connection to another host."""
         job = self._job
         histogram = _added(job.histogram, [probability for probability, _ in part.answers])
         # A worker that was taken for dead may come back, and must not write over another one's part.
@@ -492,20 +493,18 @@ class _Run:
                     problem="",
                     lease_until=_from_now(),
                 )
+                # The file reaches the disk while the database writes.
+                publishing: list[Future[None]] = []
+
+                def begin(ids: Sequence[int]) -> None:
+                    answers = ((pk, *answer) for pk, answer in zip(ids, part.answers, strict=True))
+                    publishing.append(beside.submit(publish, answers))
+
                 if self._is_logged:
-                    # The file reaches the disk while the database writes.
-                    publishing: list[Future[None]] = []
-                    insert_in_bulk(
-                        part.requests,
-                        lambda ids: publishing.append(
-                            beside.submit(
-                                publish, ((pk, *answer) for pk, answer in zip(ids, part.answers, strict=True))
-                            )
-                        ),
-                    )
-                    publishing[0].result()
+                    insert_in_bulk(part.requests, begin)
                 else:
-                    publish(part.answers)
+                    publishing.append(beside.submit(publish, part.answers))
+                publishing[0].result()
                 BatchPart.objects.create(job=job, number=number, file=name)
 
         in_turn(write)

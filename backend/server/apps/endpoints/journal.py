@@ -247,7 +247,7 @@ def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
                 _copy_with_ids_drawn_first(_copied(rows)) if are_many else _insert_in_a_pipeline(rows, are_conditional)
             )
         if are_many and connection.vendor == "sqlite":
-            return _insert_many_by_a_statement(rows)
+            return list(_insert_many_by_a_statement(rows))
         return _insert_one_by_one(rows, are_conditional)
 
 
@@ -303,7 +303,7 @@ def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | 
 
 def _copy_with_ids_drawn_first(
     lines: Sequence[str], told: Callable[[Sequence[int]], object] = lambda ids: None
-) -> Sequence[int]:
+) -> list[int]:
     """Many rows at once. COPY tells no ids, so these are drawn first, and each is certain to be its own row's.
 
     lines: of `_copied`.
