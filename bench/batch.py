@@ -1,17 +1,21 @@
-"""A large CSV scored by `manage.py score`, beside the script that one would write instead.
+"""A large CSV scored by `manage.py score`, logged and not, beside the script that one would write instead.
 
     python bench/batch.py [--rows 1000000] [--rounds 3] [--memory-rows 5000000]
 
 The script reads by pandas, asks the same forest for probabilities, adds two columns and writes by pandas; it is run
-with scikit-learn on one core and on all. All take turns, each in a process of its own, timed from its start to its end.
-Prints Markdown: seconds, rows per second and the most memory of each, and the ratios within a round; then, in one
-thread, where the time of scoring goes, beside pyarrow that only reads the same file. --memory-rows measures the memory
-of `score` for another file, of so many rows. Files take 1.5 KB of the temporary folder per row.
+with scikit-learn on one core and on all. `score` also logs each row, into SQLite and, where it is installed, into a
+PostgreSQL of its own, which keep what earlier rounds have logged. All take turns, each in a process of its own, timed
+from its start to its end. Prints Markdown: seconds, rows per second and the most memory of each, and the ratios within
+a round; then, in one thread, where the time of scoring goes, beside pyarrow that only reads the same file; then how
+long single predictions by HTTP take while a server is idle, and while its worker scores and logs the file.
+--memory-rows measures the memory of `score` for another file, of so many rows. Files take 3 KB of the temporary folder
+per row, and what is logged another 2 KB in each round.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -19,16 +23,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
+from model import BACKEND, REPOSITORY
+from processes import Server
 from run import machine
 from tables import Spread, short, table
+from tests import postgresql
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-BACKEND = REPOSITORY / "backend" / "server"
 FEATURES, INFORMATIVE, TRAINING_ROWS, SEED = 25, 15, 20_000, 0
-SCORE, ONE_CORE, ALL_CORES = "manage.py score", "the script, n_jobs=1", "the script, n_jobs=-1"
+SCORE, ONE_CORE, ALL_CORES = "manage.py score --log none", "the script, n_jobs=1", "the script, n_jobs=-1"
+SQLITE, POSTGRESQL = "manage.py score, logged in SQLite", "manage.py score, logged in PostgreSQL"
+CLIENTS, PAUSE, IDLE_SECONDS = 4, 0.02, 10
 
 # Each is run by a Python of its own, as what this process holds in memory would count as theirs.
 MAKE = """
@@ -109,6 +119,62 @@ with open(sys.argv[1], "rb", 2**20) as file, open(sys.argv[2], "w", encoding="ut
 print(json.dumps(spent))
 """
 
+COUNT = """
+import django
+django.setup()
+from apps.endpoints.models import MLRequest
+print(MLRequest.objects.count())
+"""
+SUBMIT = """
+import sys
+from pathlib import Path
+import django
+django.setup()
+from django.core.files import File
+from django.utils import timezone
+from apps.endpoints import batch_jobs
+from apps.endpoints.prediction import Wanted
+path = Path(sys.argv[1])
+with path.open("rb") as file:
+    wanted = Wanted(default_status="production")
+    job, _ = batch_jobs.submit([File(file, path.name)], "classifier", wanted, by="bench", now=timezone.now())
+print(job.pk)
+"""
+# Threads that ask for one customer after the other, with a pause, until a job is finished or so many seconds are over.
+ASK = """
+import csv, http.client, json, statistics, sys, threading, time
+port, table, job, seconds, clients, pause = int(sys.argv[1]), sys.argv[2], sys.argv[3], *map(float, sys.argv[4:])
+with open(table) as file:
+    row = {name: float(cell) for name, cell in next(csv.DictReader(file)).items()}
+waited, is_over, deadline = [], threading.Event(), time.monotonic() + seconds
+def asked(connection, method, path, body=None):
+    connection.request(method, path, body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    text = answer.read()
+    assert answer.status < 300, text
+    return json.loads(text)
+def client():
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    while not is_over.is_set():
+        began = time.perf_counter()
+        asked(connection, "POST", "/api/v1/classifier/predict", json.dumps(row))
+        waited.append((time.perf_counter() - began) * 1000)
+        time.sleep(pause)
+threads = [threading.Thread(target=client) for _ in range(int(clients))]
+for thread in threads:
+    thread.start()
+state = "running"
+while (state not in ("succeeded", "failed", "cancelled")) if job else (time.monotonic() < deadline):
+    time.sleep(0.2)
+    if job:
+        state = asked(http.client.HTTPConnection("127.0.0.1", port), "GET", f"/api/v1/batch-jobs/{job}")["state"]
+is_over.set()
+for thread in threads:
+    thread.join()
+assert not job or state == "succeeded", state
+print(json.dumps([len(waited), statistics.median(waited), statistics.quantiles(waited, n=100)[98]]))
+"""
+
 
 class Bench:
     """A folder with the table, the model, and a database that serves it."""
@@ -123,6 +189,7 @@ class Bench:
             "DJANGO_SETTINGS_MODULE": "server.settings",
             "DATABASE_URL": f"sqlite:///{folder / 'db.sqlite3'}",
             "ML_ARTIFACTS_DIR": str(folder / "artifacts"),
+            "BATCH_DIR": str(folder / "batches"),
             "DEBUG": "1",
             "LOG_LEVEL": "WARNING",
         }
@@ -130,16 +197,23 @@ class Bench:
         self.python("-c", MAKE, training, self.table, rows, TRAINING_ROWS, FEATURES, INFORMATIVE, SEED)
         self.python(REPOSITORY / "research" / "train.py", "--data", training)
         self.python("-c", TAKE_MODEL, folder / "artifacts", self.model)
-        self.manage("migrate")
-        self.manage("register_algorithms")
+        self.prepare_database()
+
+    def prepare_database(self) -> None:
+        for command in ("migrate", "register_algorithms"):
+            self.python(BACKEND / "manage.py", command)
+
+    def on(self, database_url: str) -> Bench:
+        """The same, with another database, which is empty."""
+        other = copy.copy(self)
+        other.environment = {**self.environment, "DATABASE_URL": database_url}
+        other.prepare_database()
+        return other
 
     def python(self, *arguments: object) -> str:
         command = [sys.executable, *map(str, arguments)]
         done = subprocess.run(command, env=self.environment, stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout
-
-    def manage(self, *arguments: object) -> None:
-        self.python(BACKEND / "manage.py", *arguments)
 
     def measured(self, *arguments: object) -> tuple[float, float]:
         """Seconds from the start of a Python to its end, and MiB of memory that it had at most."""
@@ -153,8 +227,29 @@ class Bench:
             raise SystemExit(f"{arguments[0]} ended with {process.returncode}.")
         return time.monotonic() - began, usage.ru_maxrss / 1024
 
-    def score(self, table: Path) -> tuple[float, float]:
-        return self.measured(BACKEND / "manage.py", "score", table, table.with_suffix(".scored.csv"), "--log", "none")
+    def score(self, table: Path, log: str = "none") -> tuple[float, float]:
+        scored = table.with_suffix(".scored.csv" if log == "none" else ".logged.csv")
+        return self.measured(BACKEND / "manage.py", "score", table, scored, "--log", log)
+
+    def waits(self) -> list[list[float]]:
+        """Of single predictions, how many there were and the milliseconds of p50 and p99: by an idle server, and by one
+        whose worker scores and logs the table."""
+        port = postgresql.free_port()
+        environment = {**self.environment, "PORT": str(port), "WEB_CONCURRENCY": "1", "BATCH_WORKERS": "1"}
+        server = Server([sys.executable, str(BACKEND / "serve.py")], environment, self.folder, self.folder / "log")
+        try:
+            while not _answers(port):
+                if server.has_ended:
+                    raise SystemExit(f"The server stopped: {server.last_words()}")
+                time.sleep(0.2)
+            ask = ["-c", ASK, port, self.table]
+            often = [IDLE_SECONDS, CLIENTS, PAUSE]
+            self.python(*ask, "", *often)  # the first are slower
+            idle = self.python(*ask, "", *often)
+            job = self.python("-c", SUBMIT, self.table).strip()
+            return [json.loads(idle), json.loads(self.python(*ask, job, *often))]
+        finally:
+            server.stop()
 
     def script(self, jobs: int) -> tuple[float, float]:
         return self.measured("-c", SCRIPT, self.model, self.table, self.folder / f"script{jobs}.csv", jobs)
@@ -177,23 +272,35 @@ class Bench:
                 yield from source
 
 
+def _answers(port: int) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10):
+        return True
+    return False
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-rows", type=int, help="By default none; 5000000 takes ten GB of disk.")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        report(Bench(Path(folder), options.rows), options.rounds, options.memory_rows)
+    with ExitStack() as stack:
+        bench = Bench(Path(stack.enter_context(tempfile.TemporaryDirectory())), options.rows)
+        logging = {SQLITE: bench.on(f"sqlite:///{bench.folder / 'logged.sqlite3'}")}
+        if postgresql.binaries():
+            url = stack.enter_context(postgresql.running(durable=True))
+            logging[POSTGRESQL] = bench.on(postgresql.new_database(url))
+        report(bench, logging, options.rounds, options.memory_rows)
 
 
-def report(bench: Bench, rounds: int, memory_rows: int | None) -> None:
+def report(bench: Bench, logging: dict[str, Bench], rounds: int, memory_rows: int | None) -> None:
     bench.score(bench.excerpt(1))  # compiles what is kept on disk
     idle = bench.score(bench.excerpt(1))
     ways = {
         SCORE: lambda: bench.score(bench.table),
         ONE_CORE: lambda: bench.script(1),
         ALL_CORES: lambda: bench.script(-1),
+        **{way: partial(each.score, each.table, "all") for way, each in logging.items()},
     }
     taken = {way: [] for way in ways}
     for number in range(rounds):
@@ -209,14 +316,18 @@ def report(bench: Bench, rounds: int, memory_rows: int | None) -> None:
         rows.append(
             [way, spread, f"{bench.rows / spread.median:,.0f}", f"{memory:,.0f}", "" if way == SCORE else ratio]
         )
-    rows.append(["manage.py score, one row", short(idle[0]), "", f"{idle[1]:,.0f}", ""])
+    rows.append([f"{SCORE}, one row", short(idle[0]), "", f"{idle[1]:,.0f}", ""])
     if memory_rows:
         longer = bench.score(bench.excerpt(memory_rows))
-        rows.append([f"manage.py score, {memory_rows:,} rows", short(longer[0]), "", f"{longer[1]:,.0f}", ""])
+        rows.append([f"{SCORE}, {memory_rows:,} rows", short(longer[0]), "", f"{longer[1]:,.0f}", ""])
     sys.stdout.write(f"{machine()}; {rounds} rounds, in turn; median (least to greatest).\n\n")
     sys.stdout.write(
-        table([f"{bench.rows:,} rows", "seconds", "rows per second", "MiB at most", "times as long as score"], rows)
+        table([f"{bench.rows:,} rows", "seconds", "rows per second", "MiB at most", f"times as long as {SCORE}"], rows)
     )
+    for way, each in logging.items():
+        logged = int(each.python("-c", COUNT))
+        if logged != rounds * bench.rows:
+            raise SystemExit(f"{way}: {logged:,} rows.")
     difference = bench.difference()
     sys.stdout.write(f"\nLargest difference from the probabilities of {ONE_CORE}: {difference:.1e}\n\n")
 
@@ -226,7 +337,22 @@ def report(bench: Bench, rounds: int, memory_rows: int | None) -> None:
         (name, short(spent))
         for name, spent in [*layers.items(), ("all of these", sum(layers.values())), *limit.items()]
     ]
-    sys.stdout.write(table(["in one thread", "seconds"], timed))
+    sys.stdout.write(table(["in one thread", "seconds"], timed) + "\n")
+
+    waits = []
+    for way, each in logging.items():
+        idle_server, busy = each.waits()
+        waits += [
+            [f"{way}: idle", *_shown(idle_server), ""],
+            ["with a job", *_shown(busy), short(busy[2] / idle_server[2])],
+        ]
+    head = ["single predictions", "answers", "p50 in ms", "p99 in ms", "p99, times the idle server's"]
+    sys.stdout.write(table(head, waits))
+
+
+def _shown(waited: list[float]) -> list[str]:
+    answers, *milliseconds = waited
+    return [f"{answers:,}", *map(short, milliseconds)]
 
 
 if __name__ == "__main__":

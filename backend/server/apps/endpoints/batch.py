@@ -29,6 +29,7 @@ ADDED_COLUMNS = {"probability": "float64", "label": "string"}
 CHUNK_ROWS = 10_000
 MOST_PROBLEMS = 1_000
 MOST_THREADS = 4  # each holds chunks, and one thread reads and writes for all
+MOST_AHEAD = 2
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -185,6 +186,17 @@ def in_order(work: Callable[[Item], Result], chunks: Iterable[Item], threads: in
             yield waiting.popleft().result()
     if failure is not None:
         raise failure
+
+
+def made_ahead(results: Iterator[Result]) -> Iterator[Result]:
+    """The same, made by a thread of their own, a few ahead of the caller."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, results, end) for _ in range(MOST_AHEAD))
+        while (result := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, results, end))
+            yield result
+            del result
 
 
 def read_csv(file: BinaryIO, most_rows: float = math.inf) -> TextTable:

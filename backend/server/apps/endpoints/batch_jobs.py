@@ -11,9 +11,12 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,12 +28,13 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from apps.endpoints import cluster, job_files, parquet_file, prediction, tables
-from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, in_order
-from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile, Layout
-from apps.endpoints.journal import NewRequest, insert_prepared, prepared
+from apps.endpoints.batch import CHUNK_ROWS, AnsweredCsv, in_order, made_ahead
+from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Chunk, CsvFile
+from apps.endpoints.journal import NewRequests, insert_in_bulk, prepared_in_bulk
+from apps.endpoints.json_text import dumps
 from apps.endpoints.models import BatchJob, BatchPart, MLAlgorithm
 from apps.endpoints.prediction import PredictionError, Wanted
-from apps.endpoints.scoring import Checked, Columns, Scored, Scorer, columns_of
+from apps.endpoints.scoring import Columns, Scored, Scorer, columns_of
 from apps.endpoints.storage import BLOCK, Source
 from apps.endpoints.tables import Table
 from apps.endpoints.turns import in_turn
@@ -40,8 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Other writers wait while a part is written: this many rows take SQLite a twentieth of a second.
-PART_ROWS = 2_000
+# Other writers wait while a part is written. Of a wide table it has fewer rows, since a chunk's characters are limited.
+PART_ROWS = 5_000
+CHECKING_THREADS = 2  # beside the one that reads
 BINS = 20
 MOST_FRUITLESS_TURNS = 5
 # After something that may pass, such as a full disk; longer each time.
@@ -358,12 +363,16 @@ def _fail(job: BatchJob, problem: str) -> None:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is to be written of a stretch of rows. records, answers: of those that could be scored."""
+    """What is to be written of a stretch of rows. bytes_read: of the files, up to its end or further.
+
+    records, answers, requests: of those that could be scored.
+    """
 
     rows_read: int
+    bytes_read: int
     records: list[str]
     answers: list[tuple[float, str]]
-    requests: list[list[Any]]
+    requests: list[Any]
 
 
 class _Run:
@@ -392,12 +401,13 @@ class _Run:
         with self._table() as table, _errors_file(job, are_several=table.are_several) as write_errors:
             scorer = Scorer(prediction.classifier_of(self._algorithm), table.layout)
             try:
-                for chunk in table.chunks(CHUNK_ROWS):
-                    checked = scorer.check(chunk)
-                    write_errors(checked.problems)
-                    rows += len(chunk)
-                    refused += len(chunk) - len(checked.records)
-                    self._stay(bytes_read=table.position, rows_refused=refused)
+                chunks = table.chunks(CHUNK_ROWS)
+                with closing(in_order(partial(_looked_at, scorer), chunks, threads=CHECKING_THREADS)) as looked_at:
+                    for read, problems, passed in looked_at:
+                        write_errors(problems)
+                        rows += read
+                        refused += read - passed
+                        self._stay(bytes_read=table.position, rows_refused=refused)
             except BadRows as error:  # what follows cannot be read
                 write_errors(error.problems)
                 broken = error
@@ -424,56 +434,77 @@ class _Run:
         with self._table() as table:
             answered = AnsweredCsv(table.layout, with_ids=self._is_logged)
             chunks = table.chunks(PART_ROWS, skip=job.rows_read, while_skipping=self._stay)
-            with closing(self._parts(table.layout, chunks)) as parts:
+            with ThreadPoolExecutor(1) as beside, closing(self._parts(table, chunks)) as parts:
                 for part in parts:
                     if self._is_stopping():
                         raise _Stopped
-                    self._write(number, part, answered, bytes_read=table.position)
+                    self._write(number, part, answered, beside)
                     number += 1
 
-    def _parts(self, layout: Layout, chunks: Iterator[Chunk]) -> Iterator[_Part]:
-        """Each part is made ready while the one before it is written."""
+    def _parts(self, table: Table, chunks: Iterator[Chunk]) -> Iterator[_Part]:
+        """The next parts are made ready while one is written."""
         classifier = prediction.classifier_of(self._algorithm)
-        names = classifier.schema.names
         if settings.DASK_SCHEDULER:
             scored = cluster.scored(settings.DASK_SCHEDULER, classifier, str(settings.BATCH_DIR), chunks, self._stay)
             with closing(scored):
-                yield from in_order(lambda each: self._ready(names, each), scored, threads=1)
+                read = ((each, table.position) for each in scored)
+                yield from in_order(lambda each: self._ready(*each), read, threads=1)
         else:
-            scorer = Scorer(classifier, layout)
-            yield from in_order(lambda chunk: self._ready(names, scorer.score(chunk)), chunks, threads=1)
+            scorer = Scorer(classifier, table.layout)
+            first = list(islice(chunks, 1))  # in this thread, whose connection keeps the lease
+            yield from made_ahead(self._ready(scorer.score(chunk), table.position) for chunk in chain(first, chunks))
 
-    def _ready(self, names: Sequence[str], scored: Scored) -> _Part:
+    def _ready(self, scored: Scored, bytes_read: int) -> _Part:
         checked, results = scored.checked, scored.results
-        requests = []
-        if self._is_logged:
-            requests = prepared(_requests(self._algorithm, names, checked, results, scored.elapsed_ms))
         answers = [(result["probability"], result["label"]) for result in results]
-        return _Part(scored.rows_read, checked.records, answers, requests)
+        if not self._is_logged:
+            return _Part(scored.rows_read, bytes_read, checked.records, answers, [])
+        requests = NewRequests(
+            input_data=checked.cells.input_json(),
+            full_response=list(map(dumps, results)),
+            response=[label for _, label in answers],
+            probability=[probability for probability, _ in answers],
+            created_at=timezone.now(),
+            latency_ms=scored.elapsed_ms,
+            customer_key=checked.cells.keys(),
+            parent_mlalgorithm_id=self._algorithm.pk,
+        )
+        return _Part(scored.rows_read, bytes_read, checked.records, answers, prepared_in_bulk(requests))
 
-    def _write(self, number: int, part: _Part, answered: AnsweredCsv, bytes_read: int) -> None:
+    def _write(self, number: int, part: _Part, answered: AnsweredCsv, beside: ThreadPoolExecutor) -> None:
+        """beside: the thread that writes all files, since no two may share a connection to another host."""
         job = self._job
         histogram = _added(job.histogram, [probability for probability, _ in part.answers])
         # A worker that was taken for dead may come back, and must not write over another one's part.
         name = f"part-{number:06d}-{job.turn}.csv"
+
+        def publish(answers: Iterable[Sequence[Any]]) -> None:
+            with job_files.published(job.folder, name) as file:
+                file.write(answered.body(part.records, answers).encode())
 
         def write() -> None:
             with transaction.atomic():
                 self._change(
                     rows_read=job.rows_read + part.rows_read,
                     rows_scored=job.rows_scored + len(part.answers),
-                    bytes_read=bytes_read,
+                    bytes_read=part.bytes_read,
                     histogram=histogram,
                     fruitless_turns=0,
                     problem="",
                     lease_until=_from_now(),
                 )
-                answers: Sequence[Sequence[Any]] = part.answers
+                # The file reaches the disk while the database writes.
+                publishing: list[Future[None]] = []
+
+                def begin(ids: Sequence[int]) -> None:
+                    answers = ((pk, *answer) for pk, answer in zip(ids, part.answers, strict=True))
+                    publishing.append(beside.submit(publish, answers))
+
                 if self._is_logged:
-                    ids = insert_prepared(part.requests)
-                    answers = [(pk, *answer) for pk, answer in zip(ids, answers, strict=True)]
-                with job_files.published(job.folder, name) as file:
-                    file.write(answered.body(part.records, answers).encode())
+                    insert_in_bulk(part.requests, begin)
+                else:
+                    publishing.append(beside.submit(publish, part.answers))
+                publishing[0].result()
                 BatchPart.objects.create(job=job, number=number, file=name)
 
         in_turn(write)
@@ -502,6 +533,12 @@ class _Run:
             setattr(self._job, name, value)
 
 
+def _looked_at(scorer: Scorer, chunk: Chunk) -> tuple[int, list[BadLine], int]:
+    """How many rows there are, what is wrong with some, and how many can be scored."""
+    checked = scorer.check(chunk)
+    return len(chunk), checked.problems, len(checked.records)
+
+
 @contextmanager
 def _errors_file(job: BatchJob, *, are_several: bool) -> Iterator[Callable[[Iterable[BadLine]], None]]:
     """A function that writes problems into the job's file of errors, which is there when all is well."""
@@ -513,44 +550,6 @@ def _errors_file(job: BatchJob, *, are_several: bool) -> Iterator[Callable[[Iter
             (p.line, p.field, p.value, p.message, *[p.file] * are_several) for p in problems
         )
         text.detach()
-
-
-def _requests(
-    algorithm: MLAlgorithm,
-    names: Sequence[str],
-    checked: Checked,
-    results: Sequence[dict[str, Any]],
-    elapsed_ms: float,
-) -> list[NewRequest]:
-    now = timezone.now()
-    columns = [_as_parsed(column) for column in checked.columns]
-    return [
-        NewRequest(
-            input_data=dict(zip(names, values, strict=True)),
-            full_response=result,
-            response=result["label"],
-            probability=result["probability"],
-            created_at=now,
-            latency_ms=elapsed_ms,
-            customer_key=key,
-            parent_mlalgorithm_id=algorithm.pk,
-            abtest_id=None,
-        )
-        for values, result, key in zip(zip(*columns, strict=True), results, checked.keys, strict=True)
-    ]
-
-
-def _as_parsed(column: Sequence[Any]) -> Sequence[Any]:
-    """Whole numbers as `Column.parse` gives them, and as an upload that is answered at once records them."""
-    try:
-        numbers = np.array(column, dtype=np.float64)  # of None it makes NaN
-    except ValueError:
-        return column  # text
-    is_whole = (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
-    return [
-        int(value) if is_int and type(value) is float else value
-        for value, is_int in zip(column, is_whole.tolist(), strict=True)
-    ]
 
 
 def _added(histogram: Sequence[int], probabilities: Sequence[float]) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from functools import cache
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, models, transaction
@@ -23,6 +24,8 @@ from apps.endpoints.turns import in_turn
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
 SHARED_ROWS = 100
+# In one statement: SQLite may take no more than 999 values. At each statement's end another thread takes over.
+ROWS_OF_A_STATEMENT = 100
 
 
 class NewRequest(NamedTuple):
@@ -41,7 +44,24 @@ class NewRequest(NamedTuple):
 
 _CREATED_AT = NewRequest._fields.index("created_at")
 
-Row = list[Any]
+
+class NewRequests(NamedTuple):
+    """Many answered requests: by request what differs, with its JSON as text, and what they share."""
+
+    input_data: Sequence[str]
+    full_response: Sequence[str]
+    response: Sequence[str]
+    probability: Sequence[float]
+    created_at: datetime
+    latency_ms: float
+    customer_key: Sequence[str]
+    parent_mlalgorithm_id: int
+
+
+# As PostgreSQL's COPY reads them; the first first, as the others make it.
+_ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}
+
+Row = Sequence[Any]
 
 
 class _Entry:
@@ -183,9 +203,37 @@ def insert(requests: Sequence[NewRequest]) -> list[int]:
     return _insert(prepared(requests))
 
 
-def insert_prepared(rows: Sequence[Row]) -> list[int]:
-    """`insert` for what `prepared` made of requests, before the database was locked for it."""
-    return _insert(list(rows)) if rows else []
+def prepared_in_bulk(requests: NewRequests) -> list[Row] | list[str]:
+    """What `insert_in_bulk` takes. Needs no connection, so that another thread can make it."""
+    rows = list(
+        zip(
+            requests.input_data,
+            requests.full_response,
+            requests.response,
+            requests.probability,
+            repeat(connection.ops.adapt_datetimefield_value(requests.created_at)),
+            repeat(requests.latency_ms),
+            requests.customer_key,
+            repeat(requests.parent_mlalgorithm_id),
+            repeat(None),
+        )
+    )
+    return _copied(rows) if connection.vendor == "postgresql" else rows
+
+
+def insert_in_bulk(prepared: list[Row] | list[str], told: Callable[[Sequence[int]], object]) -> None:
+    """Insert requests in the caller's transaction. Raises django.db.Error.
+
+    told: given their ids as soon as they are known, where it can be before all are inserted.
+    """
+    if not prepared:
+        told([])
+    elif connection.vendor == "postgresql":
+        _copy_with_ids_drawn_first(prepared, told)
+    elif connection.vendor == "sqlite":
+        _insert_many_by_a_statement(prepared, told)
+    else:
+        told(_insert_one_by_one(prepared))
 
 
 def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
@@ -195,9 +243,11 @@ def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
     are_many = len(rows) > SHARED_ROWS and not are_conditional
     with transaction.atomic():
         if connection.vendor == "postgresql":
-            return _copy_with_ids_drawn_first(rows) if are_many else _insert_in_a_pipeline(rows, are_conditional)
+            return (
+                _copy_with_ids_drawn_first(_copied(rows)) if are_many else _insert_in_a_pipeline(rows, are_conditional)
+            )
         if are_many and connection.vendor == "sqlite":
-            return _insert_by_one_call(rows)
+            return list(_insert_many_by_a_statement(rows))
         return _insert_one_by_one(rows, are_conditional)
 
 
@@ -214,18 +264,28 @@ def _id(found: Sequence[Any] | None) -> int | None:
     return found[0] if found else None
 
 
-def _insert_by_one_call(rows: list[Row]) -> list[int]:
+def _insert_many_by_a_statement(
+    rows: Sequence[Row], told: Callable[[Sequence[int]], object] = lambda ids: None
+) -> Sequence[int]:
     """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other."""
-    first, *others = rows
-    (first_id,) = _insert_one_by_one([first])
-    with connection.cursor() as cursor:
-        cursor.executemany(_insert_sql(), others)
-        cursor.execute("SELECT last_insert_rowid()")
-        (last_id,) = cursor.fetchone()
-    ids = list(range(first_id, last_id + 1))
-    if len(ids) != len(rows):
-        raise InterfaceError(f"{len(rows)} rows were given the ids from {first_id} to {last_id}.")
+    database = connections[DEFAULT_DB_ALIAS]
+    ids, last_id = range(0), 0
+    for begin in range(0, len(rows), ROWS_OF_A_STATEMENT):
+        some = rows[begin : begin + ROWS_OF_A_STATEMENT]
+        last_id = _insert_many_statement(len(some)).last_id(database, [*chain.from_iterable(some)])
+        if not begin:
+            first_id = last_id - len(some) + 1
+            ids = range(first_id, first_id + len(rows))
+            told(ids)
+    if last_id != ids[-1]:
+        raise InterfaceError(f"{len(rows)} rows were given the ids from {ids[0]} to {last_id}.")
     return ids
+
+
+@cache
+def _insert_many_statement(rows: int) -> Statement:
+    values = f"({', '.join(['%s'] * len(NewRequest._fields))})"
+    return Statement(f"INSERT INTO {_table_and_columns()} VALUES {', '.join([values] * rows)}")
 
 
 def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | None]:
@@ -241,18 +301,50 @@ def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | 
     return ids
 
 
-def _copy_with_ids_drawn_first(rows: list[Row]) -> list[int]:
-    """Many rows at once. COPY tells no ids, so these are drawn first, and each is certain to be its own row's."""
+def _copy_with_ids_drawn_first(
+    lines: Sequence[str], told: Callable[[Sequence[int]], object] = lambda ids: None
+) -> list[int]:
+    """Many rows at once. COPY tells no ids, so these are drawn first, and each is certain to be its own row's.
+
+    lines: of `_copied`.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT nextval(pg_get_serial_sequence(%s, 'id')) FROM generate_series(1, %s)",
-            [MLRequest._meta.db_table, len(rows)],
+            "SELECT array_agg(nextval((SELECT pg_get_serial_sequence(%s, 'id')::regclass)))"
+            " FROM generate_series(1, %s)",
+            [MLRequest._meta.db_table, len(lines)],
         )
-        ids = [pk for (pk,) in cursor.fetchall()]
+        (ids,) = cursor.fetchone()
+        told(ids)
         with connection.wrap_database_errors, cursor.copy(f"COPY {_table_and_columns('id')} FROM STDIN") as copy:
-            for pk, row in zip(ids, rows, strict=True):
-                copy.write_row((pk, *row))
+            copy.write("".join(chain.from_iterable(zip(map(str, ids), lines, strict=True))))
     return ids
+
+
+def _copied(rows: Sequence[Row]) -> list[str]:
+    """Rows as PostgreSQL's COPY reads them, each but for the id at its beginning."""
+    columns = [_copied_values(column) for column in zip(*rows, strict=True)]
+    return [f"\t{line}\n" for line in map("\t".join, zip(*columns, strict=True))]
+
+
+def _copied_values(column: Sequence[Any]) -> list[str]:
+    if column.count(column[0]) == len(column):  # most have one value for all rows
+        return [_copied_value(column[0])] * len(column)
+    if None not in column:
+        texts = list(map(str, column))
+        together = "".join(texts)
+        if not any(character in together for character in _ESCAPES):
+            return texts
+    return list(map(_copied_value, column))
+
+
+def _copied_value(value: Any) -> str:
+    if value is None:
+        return r"\N"
+    text = str(value)
+    for character, escape in _ESCAPES.items():
+        text = text.replace(character, escape)
+    return text
 
 
 def prepared(requests: Sequence[NewRequest]) -> list[Row]:

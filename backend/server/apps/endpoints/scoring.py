@@ -7,10 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from apps.endpoints.csv_file import BadLine, BatchError, Chunk, Layout
+from apps.endpoints.json_text import dumps
 from apps.ml import columnar
 from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.schema import AlignedRows, InputError, Problem, Schema
@@ -21,14 +23,29 @@ class ReadCells:
     """What `columnar.Cells` holds, of rows that were read cell by cell."""
 
     aligned: AlignedRows
-    of_columns: list[list[Any]]
+    columns: list[list[Any]]
     of_keys: list[str]
 
-    def columns(self) -> list[list[Any]]:
-        return self.of_columns
+    def input_json(self) -> list[str]:
+        names = [column.name for column in self.aligned.columns]
+        rows = zip(*map(_as_parsed, self.columns), strict=True)
+        return [dumps(dict(zip(names, row, strict=True))) for row in rows]
 
     def keys(self) -> list[str]:
         return self.of_keys
+
+
+def _as_parsed(column: Sequence[Any]) -> Sequence[Any]:
+    """Whole numbers as `Column.parse` gives them, and as an upload that is answered at once records them."""
+    try:
+        numbers = np.array(column, dtype=np.float64)  # of None it makes NaN
+    except ValueError:
+        return column  # text
+    is_whole = (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
+    return [
+        int(value) if is_int and type(value) is float else value
+        for value, is_int in zip(column, is_whole.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +59,6 @@ class Checked:
     @property
     def aligned(self) -> AlignedRows:
         return self.cells.aligned
-
-    @cached_property
-    def columns(self) -> list[list[Any]]:
-        """The features as they were sent, by column of the model."""
-        return self.cells.columns()
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """The customers."""
-        return self.cells.keys()
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +115,12 @@ class Scorer:
 
     def answer(self, checked: Checked) -> list[dict[str, Any]]:
         """What is answered for each row."""
-        results = [self.classifier.postprocessing(row) for row in self.classifier.predict(checked.aligned)]
-        for result, warnings in zip(results, checked.aligned.warnings, strict=True):
-            if warnings:
-                result["warnings"] = warnings
+        aligned = checked.aligned
+        results = self.classifier.answers(self.classifier.predict(aligned))
+        if aligned.unseen or aligned.filled.any():
+            for result, warnings in zip(results, aligned.warnings, strict=True):
+                if warnings:
+                    result["warnings"] = warnings
         return results
 
     def label(self, checked: Checked) -> list[tuple[float, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ _BLOCK_BYTES = 2**28  # of more than one block pyarrow would make columns in pie
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """The cells of some rows that can be scored: aligned, and as they were sent.
+    """The cells of some rows that can be scored: aligned, and as they were sent, from which pyarrow makes JSON.
 
     read: by name, the columns that the model and the identifier need. values: of each column that is no number, the
     value of each distinct cell.
@@ -39,20 +40,49 @@ class Cells:
     read: Mapping[str, pa.Array]
     values: Mapping[str, Sequence[Any]]
 
-    def columns(self) -> list[list[Any]]:
-        """By column of the model its values, None where one is missing."""
-        return [
-            self.read[name].to_pylist()
-            if name not in self.values
-            else list(map(self.values[name].__getitem__, self.read[name].indices.to_pylist()))
-            for name in self.schema.names
-        ]
+    def input_json(self) -> list[str]:
+        """By row the JSON of its features, in the order of the model's columns."""
+        from pyarrow import compute
+
+        pieces: list[str | pa.Array] = []
+        for name in self.schema.names:
+            pieces += [f"{',' if pieces else '{'}{_json(name)}:", self._json_values(name)]
+        return compute.binary_join_element_wise(*pieces, "}", "").to_pylist()
+
+    def _json_values(self, name: str) -> pa.Array:
+        import pyarrow as pa
+
+        cells = self.read[name]
+        if name in self.values:
+            return pa.array(map(_json, self.values[name]), pa.string()).take(cells.indices)
+        return _numbers_as_json(cells)
 
     def keys(self) -> list[str]:
         """The customers."""
         if self.schema.identifier not in self.read:
             return [""] * len(self.aligned.matrix)
-        return self.schema.customer_keys(self.read[self.schema.identifier].to_pylist())
+        # As Schema.customer_key says it; what it would refuse is not here.
+        keys = map(str.strip, self.read[self.schema.identifier].to_pylist())
+        return ["" if key in MISSING_IN_FILES else key for key in keys]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _numbers_as_json(cells: pa.Array) -> pa.Array:
+    """The shortest JSON that gives each number back; whole ones below 2**53 as integers, like `Column.parse`."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    numbers = cells.to_numpy(zero_copy_only=False)  # NaN where one is missing
+    texts = cells.cast(pa.string())
+    is_whole = np.floor(numbers) == numbers
+    if is_whole.any():
+        is_whole &= np.abs(numbers) < 2**53
+        integers = pa.array(np.where(is_whole, numbers, 0).astype(np.int64)).cast(pa.string())
+        texts = compute.if_else(pa.array(is_whole), integers, texts)
+    return texts.fill_null("null") if texts.null_count else texts
 
 
 class CellReader:

@@ -177,6 +177,33 @@ class TestAJob:
         logged = MLRequest.objects.order_by("pk").values_list("input_data", "full_response", "customer_key")
         assert list(logged[:60]) == list(logged[60:])
 
+    def test_logs_any_text_as_it_was_sent_in_the_row_of_its_id(self, api):
+        odd = ["a\\tb", "\\N", "\\.", 'say ""', "tab\tbed", "two\nlines", "back\\", "é😀", "'; --", "%s", "{}", "basic"]
+        sent = make_customers(300, seed=6)
+        sent["Plan"] = [odd[row % len(odd)] for row in range(300)]
+        sent["CustomerId"] = [f"{odd[row % 7]}{row}" for row in range(300)]
+        sent["RecencyDays"] = [[1e10, 1e-7, 2.5, 3.0, None][row % 5] for row in range(300)]
+        job = submitted(api, sent.to_csv(index=False).encode())
+
+        work()
+
+        rows = table(api.get(f"{job}/result"))
+        logged = MLRequest.objects.in_bulk([int(row["request_id"]) for row in rows])
+        assert len(logged) == 300
+        for row, (_, customer) in zip(rows, sent.iterrows(), strict=True):
+            request = logged[int(row["request_id"])]
+            assert row["CustomerId"] == request.customer_key == customer["CustomerId"]
+            assert request.input_data == {
+                "Plan": customer["Plan"],
+                "Orders": customer["Orders"],
+                "RecencyDays": None if pd.isna(customer["RecencyDays"]) else customer["RecencyDays"],
+                "MeanGapDays": None if pd.isna(customer["MeanGapDays"]) else customer["MeanGapDays"],
+                "Newsletter": customer["Newsletter"],
+            }
+            response = request.full_response
+            assert (str(response["probability"]), response["label"]) == (row["probability"], row["label"])
+            assert any("Plan" in warning for warning in response.get("warnings", [])) == (customer["Plan"] != "basic")
+
     def test_logs_nothing_where_that_is_asked_for_and_says_so(self, api, customers):
         job = submitted(api, customers, log="none")
 

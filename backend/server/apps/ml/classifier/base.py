@@ -128,8 +128,11 @@ class RetentionClassifier:
 
     def postprocessing(self, prediction: np.ndarray) -> dict[str, Any]:
         """The answer for one row of `predict`: (2,) probabilities, label "1" above 0.5."""
-        probability = float(prediction[1])
-        return {"probability": probability, "label": _label(probability), "status": "OK"}
+        return _answer(float(prediction[1]))
+
+    def answers(self, predictions: np.ndarray) -> list[dict[str, Any]]:
+        """`postprocessing` for all rows of `predict`."""
+        return list(map(_answer, predictions[:, 1].tolist()))
 
     def labelled(self, predictions: np.ndarray) -> list[tuple[float, str]]:
         """Probability and label, as `postprocessing` says them, for all rows of `predict`."""
@@ -150,6 +153,10 @@ class RetentionClassifier:
             if warnings:
                 answer["warnings"] = warnings
         return answers[0] if isinstance(input_data, Mapping) else answers
+
+
+def _answer(probability: float) -> dict[str, Any]:
+    return {"probability": probability, "label": _label(probability), "status": "OK"}
 
 
 def _label(probability: float) -> str:
