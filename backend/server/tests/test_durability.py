@@ -18,7 +18,7 @@ from tests.processes import Server
 pytestmark = pytest.mark.whole
 
 CLIENTS = 12
-KILLINGS = 5
+KILLINGS = 3
 
 
 @dataclass
