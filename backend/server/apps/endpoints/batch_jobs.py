@@ -12,16 +12,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from django.conf import settings
-from django.core.files import File
+from django.core.files.uploadedfile import UploadedFile
 from django.db import DatabaseError, IntegrityError, InterfaceError, transaction
 from django.db.models import DateTimeField, ExpressionWrapper, Q
 from django.db.models.functions import Now
@@ -104,13 +104,30 @@ def preview(beginning: bytes, algorithm: MLAlgorithm) -> Columns:
     return columns_of(CsvFile(io.BytesIO(table)).layout.header, schema)
 
 
-def preview_parquet(end: bytes, algorithm: MLAlgorithm) -> Columns:
-    """The same of a Parquet file, whose columns are named at its end. Raises BatchError, PredictionError."""
+def preview_parquet(end: bytes, algorithm: MLAlgorithm) -> Columns | None:
+    """The same of a Parquet file, whose columns are named at its end; None if these bytes do not reach so far.
+
+    Raises BatchError, PredictionError.
+    """
+    if not parquet_file.holds_footer(end):
+        return None
     return columns_of(parquet_file.names_by_end(end), prediction.classifier_of(algorithm).schema)
 
 
+def uploaded(file: UploadedFile) -> Source:
+    """What a client has sent, as what a job is made of. It stays open."""
+
+    @contextmanager
+    def opened() -> Iterator[BinaryIO]:
+        file.seek(0)
+        yield file
+
+    movable = file.temporary_file_path() if hasattr(file, "temporary_file_path") else ""
+    return Source(file.name or "", file.size, opened, movable=movable)
+
+
 def submit(
-    files: Sequence[File],
+    sources: Sequence[Source],
     endpoint_name: str,
     wanted: Wanted,
     *,
@@ -133,26 +150,26 @@ def submit(
     digest = ""
     if idempotency_key:
         options = [endpoint_name, *(str(wish) for wish in (wanted.status, wanted.version, wanted.algorithm))]
-        digest = job_files.digest(files, *options, on_error, log, result_format)
+        digest = job_files.digest(sources, *options, on_error, log, result_format)
         earlier = _earlier(by, idempotency_key, digest)
         if earlier:
             return earlier, False
     (algorithm,) = prediction.choose(endpoint_name, wanted, in_test=False).algorithms
-    with tables.opened([_source(file) for file in files]) as table:
+    with tables.opened(sources) as table:
         scorer = Scorer(prediction.classifier_of(algorithm), table.layout)
         if not result_format:
             result_format = BatchJob.Format.CSV if table.types is None else BatchJob.Format.PARQUET
         if result_format == BatchJob.Format.PARQUET:
             _types(table, scorer, is_logged=log == BatchJob.Log.ALL)
-    folder = job_files.take(files)
+    folder = job_files.take(sources)
     try:
         with transaction.atomic():
             job = BatchJob.objects.create(
                 parent_mlalgorithm=algorithm,
                 created_by=by,
                 created_at=now,
-                file_name=(file_name or files[0].name or "")[:255],
-                file_bytes=sum(file.size for file in files),
+                file_name=(file_name or sources[0].name)[:255],
+                file_bytes=sum(source.size for source in sources),
                 on_error=on_error,
                 log=log,
                 result_format=result_format,
@@ -171,10 +188,6 @@ def submit(
         job_files.remove(folder)
         raise
     return job, True
-
-
-def _source(file: File) -> Source:
-    return Source(file.name or "", file.size, lambda: nullcontext(file))
 
 
 def _types(table: Table, scorer: Scorer, *, is_logged: bool) -> pa.Schema:
@@ -246,9 +259,9 @@ def result(job: BatchJob, form: str = "") -> tuple[int | None, Iterator[bytes]]:
     if job.state != BatchJob.State.SUCCEEDED:
         raise NotFinished(f"Job {job.pk} has no result: it is {job.state}. {job.problem}".strip())
     names = [job_files.HEADER, *job.parts.order_by("number").values_list("file", flat=True)]
-    size, blocks = _contents(job, names)
     if (form or job.result_format) == BatchJob.Format.CSV:
-        return size, blocks
+        return _contents(job, names)
+    _contents(job, names[:1])
     if not job_files.exists(job.folder, job_files.COLUMNS):
         raise BatchError("Parquet names each column once, and the file names one more than once; ask for CSV.")
     with job_files.opened(job.folder, job_files.COLUMNS) as file:

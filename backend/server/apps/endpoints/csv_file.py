@@ -114,7 +114,7 @@ class CsvFile:
     Blank lines are passed over, as pandas does; in a file of one column, a missing value is written "".
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, delimiter: str = ""):
         # What is not UTF-8 is read as surrogates, of which real UTF-8 has none: _checked finds its line and byte.
         self._lines = _Lines(_Borrowed(file, encoding="utf-8", errors="surrogateescape", newline=""))
         self._line = 1  # the number of the next
@@ -123,7 +123,7 @@ class CsvFile:
         lines = [first.removeprefix(mark)]
         while lines[-1] and not lines[-1].strip("\r\n"):
             lines.append(self._lines.next())
-        self._delimiter = _delimiter(lines[-1])
+        self._delimiter = delimiter or _delimiter(lines[-1])
         header = next((cells for _, _, cells in self._records(lines)), None)
         if header is None:
             raise BatchError("The file is empty; the first line must name the columns.")

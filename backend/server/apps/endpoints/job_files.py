@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 import fsspec
 from django.conf import settings
-from django.core.files import File
 from fsspec.core import url_to_fs
 
 from apps.endpoints import storage
@@ -36,7 +35,7 @@ def uploads() -> Path:
     return folder
 
 
-def take(sent: Sequence[File]) -> str:
+def take(sources: Sequence[Source]) -> str:
     """Keep files in a new folder, whose name is returned. Raises OSError."""
     files, _ = _storage()
     folder = uuid.uuid4().hex
@@ -44,13 +43,12 @@ def take(sent: Sequence[File]) -> str:
         Path(_path(folder)).mkdir(mode=0o700, parents=True)
     try:
         files.makedirs(_path(folder, INPUT), exist_ok=True)
-        for number, file in enumerate(sent):
-            target = _path(folder, INPUT, f"{number:06d}-{_plain(file.name or '')}")
-            if storage.is_local(files) and hasattr(file, "temporary_file_path"):
-                shutil.move(file.temporary_file_path(), target)
+        for number, source in enumerate(sources):
+            target = _path(folder, INPUT, f"{number:06d}-{_plain(source.name)}")
+            if storage.is_local(files) and source.movable:
+                shutil.move(source.movable, target)
             else:
-                file.seek(0)
-                with files.open(target, "wb") as kept:
+                with source.open() as file, files.open(target, "wb") as kept:
                     shutil.copyfileobj(file, kept, BLOCK)
             if storage.is_local(files):
                 storage.sync(Path(target))
@@ -64,7 +62,7 @@ def take(sent: Sequence[File]) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]", "_", name)[-100:]
+    return re.sub(r"[^\w.-]", "_", name).encode()[-200:].decode(errors="ignore")  # file systems count bytes
 
 
 def inputs(folder: str) -> list[Source]:
@@ -78,17 +76,17 @@ def inputs(folder: str) -> list[Source]:
 
 def forget_inputs(folder: str) -> None:
     files, _ = _storage()
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         files.rm(_path(folder, INPUT), recursive=True)
 
 
-def digest(sent: Sequence[File], *more: str) -> str:
+def digest(sources: Sequence[Source], *more: str) -> str:
     """A SHA-256 of files and of what was said with them."""
     found = hashlib.sha256("\0".join(more).encode())
-    for file in sent:
-        file.seek(0)
-        while block := file.read(BLOCK):
-            found.update(block)
+    for source in sources:
+        with source.open() as file:
+            while block := file.read(BLOCK):
+                found.update(block)
     return found.hexdigest()
 
 

@@ -33,6 +33,8 @@ class ParquetFile:
         import pyarrow as pa
         from pyarrow import parquet
 
+        if not raw.seekable():
+            raise BatchError("Parquet cannot be read from a pipe; write it into a file first.")
         try:
             self._file = parquet.ParquetFile(raw, buffer_size=BUFFER_BYTES, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
@@ -51,6 +53,9 @@ class ParquetFile:
         try:
             for table in chain([self.types.empty_table()], tables):
                 rows = table.cast(self._written)
+                for name, column in zip(rows.column_names, rows.columns, strict=True):
+                    if pa.types.is_temporal(column.type):
+                        _check_dates(name, column)
                 if rows.num_columns == 1:  # of which a missing value would be a blank line
                     rows = rows.set_column(0, rows.field(0).name, rows.column(0).cast(pa.string()).fill_null(""))
                 text = io.BytesIO()
@@ -59,6 +64,39 @@ class ParquetFile:
                 yield text.getvalue()
         except (pa.ArrowException, OSError) as error:
             raise _damaged(error) from None
+
+
+def types_of_both(some: pa.Schema, others: pa.Schema) -> pa.Schema:
+    """By column, a type that holds what either holds: text where no other does without loss."""
+    import pyarrow as pa
+
+    if len(set(some.names)) < len(some.names) or some.names != others.names:  # which is refused elsewhere
+        return some
+    return pa.schema([(name, _type_of_both(some.field(name).type, others.field(name).type)) for name in some.names])
+
+
+def _type_of_both(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+    from pyarrow import types
+
+    if one == other:
+        return one
+    try:
+        both = pa.unify_schemas([pa.schema([("", each)]) for each in (one, other)], promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return pa.string()
+    kind = both.field(0).type
+    loses = (
+        (types.is_floating(kind) and (types.is_integer(one) or types.is_integer(other)))
+        or (types.is_integer(kind) and pa.uint64() in (one, other))
+        or types.is_timestamp(kind)
+    )
+    return pa.string() if loses else kind
+
+
+def holds_footer(end: bytes) -> bool:
+    """Whether so many of a file's last bytes are enough to know its columns by, or the file is damaged."""
+    return not end.endswith(MAGIC) or int.from_bytes(end[-8:-4], "little") + 8 <= len(end)
 
 
 def names_by_end(end: bytes) -> list[str]:
@@ -87,6 +125,11 @@ def types_of(
     import pyarrow as pa
 
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if more.keys() & {*repeated}:
+        raise BatchError(
+            f"The file has a column {', '.join(sorted(more.keys() & {*repeated}))}, which the result adds; "
+            "rename it, or ask for CSV."
+        )
     if repeated:
         raise BatchError(f"Parquet names each column once; the file names {', '.join(repeated)} more than once.")
     kept = names[: len(names) - len(more)]
@@ -189,9 +232,9 @@ def _typed(text: bytes, columns: pa.Schema) -> pa.Table:
                 quoted_strings_can_be_null=False,
             ),
         )
-    except pa.ArrowInvalid:
+    except pa.ArrowException as error:
         if not is_from_csv:
-            raise
+            raise BatchError(f"The table cannot be written as Parquet: {error}. Ask for CSV.") from None
         table = _typed_one_by_one(text, columns, delimiter)
     if is_from_csv:
         for place, field in enumerate(columns):
@@ -223,6 +266,21 @@ def _numbers(field: pa.Field, cells: Sequence[str]) -> list[float | None]:
     return Column(field.name, NUMERIC, 0.0).parse_all(cells, MISSING_IN_FILES)
 
 
+def _check_dates(name: str, column: pa.ChunkedArray) -> None:
+    """Raise BatchError for dates of which there is no text that is read as a date again."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    try:
+        for end in compute.min_max(column).values():
+            end.cast(pa.string()).cast(column.type)
+    except pa.ArrowException:
+        raise BatchError(
+            f"The column {name} holds dates that no text stands for, such as those after the year 9999; "
+            "leave it out, or make it text."
+        ) from None
+
+
 def _damaged(error: Exception) -> BatchError:
     return BatchError(f"The file is damaged Parquet: {str(error).strip()}. Write it and send it again.")
 
@@ -251,5 +309,7 @@ def _read_back(field: pa.Field) -> pa.DataType:
     import pyarrow as pa
 
     kind = _written(field)
+    if pa.types.is_decimal(kind) and not pa.types.is_decimal128(kind):
+        return pa.string()
     is_category = pa.types.is_dictionary(field.type) and pa.types.is_string(kind)
     return pa.dictionary(pa.int32(), kind) if is_category else kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read. size: in bytes. open: whether it is closed afterwards is for whoever gives it to say."""
+    """A file to read. size: in bytes. open: whether it is closed afterwards is for whoever gives it to say.
+
+    movable: where it lies on this host, if it is to be moved from there when somebody keeps it.
+    """
 
     name: str
     size: int
     open: Callable[[], AbstractContextManager[BinaryIO]]
     is_file: bool = True  # or a pipe
+    movable: str = ""
 
 
 def source(files: AbstractFileSystem, found: Mapping[str, Any], name: str) -> Source:
@@ -41,8 +46,8 @@ def is_local(files: AbstractFileSystem) -> bool:
 @contextmanager
 def replacing(files: AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
     """A file to write, which is at `path` as a whole or not at all, also after a power failure. Raises OSError."""
-    folder, _, name = path.rpartition("/")
-    part = f"{folder}/.{name}.{os.getpid()}.part"
+    folder = path.rpartition("/")[0]
+    part = f"{folder}/.{uuid.uuid4().hex}.part"  # processes of other hosts may write the same file
     try:
         with files.open(part, "wb") as file:
             yield file
@@ -53,7 +58,7 @@ def replacing(files: AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
         else:
             files.mv(part, path)
     except BaseException:
-        with suppress(OSError):
+        with suppress(OSError, NotImplementedError):
             files.rm_file(part)
         raise
 

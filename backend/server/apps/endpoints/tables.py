@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 GZIP_MAGIC = b"\x1f\x8b"
+# What else people send.
+OTHERS = {
+    b"PK\x03\x04": "The file is a workbook or an archive; save the table as CSV or Parquet.",
+    b"PARE": "The file is encrypted Parquet; write it without encryption.",
+}
 
 
 class Table:
@@ -82,16 +87,11 @@ class Table:
 
     def _types_of_all(self, types: pa.Schema) -> pa.Schema:
         """Types that hold what any of the files holds: a column of whole numbers may be one of fractions in another."""
-        import pyarrow as pa
 
         for source in self._sources[1:]:
             with source.open() as raw:
-                if not is_parquet(raw):
-                    raise BatchError(f"{source.name} is no Parquet file, as {self._sources[0].name} is.")
-                try:
-                    types = pa.unify_schemas([types, ParquetFile(raw).types], promote_options="permissive")
-                except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-                    raise BatchError(f"{source.name} holds other types than those before it: {error}.") from None
+                if is_parquet(raw):
+                    types = parquet_file.types_of_both(types, ParquetFile(raw).types)
         return types
 
     def _name(self, source: Source) -> str:
@@ -101,11 +101,17 @@ class Table:
         self._open = self._all.enter_context(ExitStack())
         self._raw = raw = self._open.enter_context(source.open())
         try:
+            is_first = source is self._sources[0]
+            if not is_first and is_parquet(raw) is (self.types is None):
+                raise BatchError(f"It is {'no ' * (not is_parquet(raw))}Parquet, unlike {self._sources[0].name}.")
             if is_parquet(raw):
                 parquet = ParquetFile(raw)
-                if self.types is None:
+                if is_first:
                     self.types = parquet.types
-                return CsvFile(io.BufferedReader(_Stream(parquet.as_csv()), BLOCK))
+                return CsvFile(io.BufferedReader(_Stream(parquet.as_csv()), BLOCK), delimiter=",")
+            for magic, sentence in OTHERS.items():
+                if _begins_with(raw, magic):
+                    raise BatchError(sentence)
             if _begins_with(raw, GZIP_MAGIC):
                 return CsvFile(io.BufferedReader(_Stream(_unpacked(raw)), BLOCK))
             return CsvFile(raw)
@@ -176,6 +182,8 @@ def _unpacked(raw: BinaryIO) -> Iterator[bytes]:
     try:
         with gzip.open(raw) as table:
             while block := table.read(BLOCK):
+                if block.startswith(parquet_file.MAGIC):
+                    raise BatchError("The file is Parquet in gzip; send the Parquet as it is.")
                 yield block
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise _damaged(error) from None

@@ -330,7 +330,7 @@ class BatchPredictView(Api, APIView):
                 )
                 return self._scored(scored, asked["format"])
         job, _ = batch_jobs.submit(
-            [asked["file"]],
+            [batch_jobs.uploaded(asked["file"])],
             asked["endpoint"],
             wanted,
             by=_asker(request),

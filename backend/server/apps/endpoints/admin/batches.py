@@ -95,7 +95,7 @@ class SubmitForm(forms.ModelForm):
         algorithm: MLAlgorithm = told["parent_mlalgorithm"]
         try:
             self.instance, _ = batch_jobs.submit(
-                [told["file"]],
+                [batch_jobs.uploaded(told["file"])],
                 algorithm.parent_endpoint.name,
                 Wanted(version=algorithm.version, algorithm=algorithm.name),
                 by=self.asker,
@@ -229,7 +229,7 @@ class BatchJobAdmin(HistoryAdmin):
                 columns = batch_jobs.preview(request.body[: batch_jobs.BEGINNING], algorithm)
         except (BatchError, PredictionError) as error:
             return JsonResponse({"problem": _sentence(error)})
-        return JsonResponse({**asdict(columns), "problem": columns.problem})
+        return JsonResponse({**asdict(columns), "problem": columns.problem} if columns else {})
 
     # --- A job --------------------------------------------------------------------------------------------
 

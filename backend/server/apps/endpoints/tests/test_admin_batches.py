@@ -187,7 +187,7 @@ def test_the_upload_is_streamed_to_where_jobs_keep_their_files(submit, customers
 
     submit(customers)
 
-    assert Path(taken[0].temporary_file_path()).parent == batch_jobs.job_files.uploads()
+    assert Path(taken[0].movable).parent == batch_jobs.job_files.uploads()
 
 
 def test_a_script_is_told_where_to_go_or_what_is_wrong(submit, customers):

@@ -110,9 +110,7 @@ class TestALargerUpload:
         assert len(content) > settings.FILE_UPLOAD_MAX_MEMORY_SIZE
         seen = []
         submit = batch_jobs.submit
-        monkeypatch.setattr(
-            batch_jobs, "submit", lambda f, *a, **k: seen.append(f[0].temporary_file_path()) or submit(f, *a, **k)
-        )
+        monkeypatch.setattr(batch_jobs, "submit", lambda f, *a, **k: seen.append(f[0].movable) or submit(f, *a, **k))
 
         assert upload(api, content).status_code == 202
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import os
@@ -10,14 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.management import CommandError, call_command
 
-from apps.endpoints import batch, csv_file
-from apps.endpoints.models import MLRequest
+from apps.endpoints import batch, csv_file, storage
+from apps.endpoints.models import BatchJob, MLRequest
 from apps.ml.registry import registry
 from conftest import make_customers
 from tests import processes
@@ -128,6 +130,35 @@ class TestTheResult:
             results.add((tmp_path / "scored.csv").read_bytes())
 
         assert len(results) == 1
+
+
+def test_a_result_that_cannot_be_written_is_told_with_the_job_that_holds_it(algorithms, customers, tmp_path):
+    scored = tmp_path / "full.csv"
+    whole = storage.replacing
+
+    @contextmanager
+    def on_a_full_disk(files, path):
+        with whole(files, path) as file:
+            yield FullDisk(file) if path.endswith("full.csv") else file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "replacing", on_a_full_disk)
+        with pytest.raises(CommandError) as error:
+            call_command("score", str(customers), str(scored), stdout=io.StringIO(), stderr=io.StringIO())
+
+    job = BatchJob.objects.get()
+    assert "No space left on device" in str(error.value)
+    assert f"job {job.pk} is done: fetch /api/v1/batch-jobs/{job.pk}/result instead" in str(error.value)
+    assert MLRequest.objects.count() == 500
+    assert not scored.exists()
+
+
+class FullDisk:
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, block: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class TestWhatIsRefused:

@@ -6,6 +6,7 @@ import datetime as dt
 import decimal
 import gzip
 import io
+import resource
 import threading
 from pathlib import Path
 
@@ -140,6 +141,44 @@ class TestParquet:
         assert told.startswith("The column Tags holds list<")
         assert not (tmp_path / "scored.parquet").exists()
 
+    def test_with_dates_that_no_text_stands_for_is_refused_before_anybody_is_logged(self, frame, tmp_path):
+        far = pa.array([10**18] + [0] * 499, pa.timestamp("us"))
+        table = pa.table({**{name: pa.array(frame[name]) for name in frame}, "Until": far})
+        parquet.write_table(table, tmp_path / "customers.parquet")
+        call = ["score", str(tmp_path / "customers.parquet"), str(tmp_path / "scored.parquet")]
+
+        with pytest.raises(CommandError, match="The column Until holds dates that no text stands for"):
+            call_command(*call, stdout=io.StringIO(), stderr=io.StringIO())
+
+        assert not MLRequest.objects.exists()
+
+    def test_that_has_a_column_of_the_result_is_told_to_rename_it(self, frame, tmp_path):
+        frame.insert(0, "probability", 0.5)
+        (tmp_path / "customers.parquet").write_bytes(as_parquet(frame))
+
+        told = refused(tmp_path / "customers.parquet", tmp_path / "scored.parquet")
+
+        assert told.startswith("The file has a column probability, which the result adds; rename it")
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            (b"PK\x03\x04xlsx", "a workbook or an archive"),
+            (b"PAREnothing", "encrypted Parquet"),
+            (gzip.compress(b"PAR1nothing"), "Parquet in gzip"),
+        ],
+        ids=["workbook", "encrypted", "gzip"],
+    )
+    def test_what_else_people_send_is_called_by_its_name(self, tmp_path, content, told):
+        (tmp_path / "customers.parquet").write_bytes(content)
+
+        assert told in refused(tmp_path / "customers.parquet", tmp_path / "s.csv")
+
+    def test_a_column_named_with_semicolons_is_one_column(self, frame, tmp_path):
+        (tmp_path / "customers.parquet").write_bytes(as_parquet(frame.assign(**{"a;b;c;d;e;f;g;h;i": 1})))
+
+        assert score(tmp_path / "customers.parquet", tmp_path / "s.csv").startswith("500 customers")
+
     def test_that_is_damaged_is_refused(self, frame, tmp_path):
         whole = as_parquet(frame)
         for damaged in (whole[:-100], whole[:200] + b"\0" * 400 + whole[600:]):
@@ -253,6 +292,9 @@ class TestAJobOfParquet:
         assert len(scored) == 500
         assert scored["Orders"].to_list() == frame["Orders"].to_list()
 
+    def test_may_have_a_long_name_in_any_letters(self, api, frame):
+        assert upload(api, "客" * 80 + ".parquet", as_parquet(frame)).status_code == 202
+
     def test_is_refused_at_once_when_columns_are_missing(self, api, frame):
         refused = upload(api, "shop.parquet", as_parquet(frame.drop(columns="Orders")))
 
@@ -267,6 +309,7 @@ class TestAJobOfParquet:
         assert columns.recognised == ["Plan", "Orders", "RecencyDays", "MeanGapDays", "Newsletter"]
         assert columns.identifier == "CustomerId"
         assert not columns.missing
+        assert batch_jobs.preview_parquet(whole[-50:], algorithms["random_forest"]) is None
 
 
 class TestAFolder:
@@ -316,7 +359,42 @@ class TestAFolder:
     def test_without_a_table_is_refused(self, tmp_path):
         (tmp_path / "empty").mkdir()
 
-        assert "There is no file in" in refused(tmp_path / "empty", tmp_path / "s.csv")
+        assert "holds no file" in refused(tmp_path / "empty", tmp_path / "s.csv")
+
+    @pytest.mark.parametrize("name", ["more.tsv", "year=2024/more.csv", "more.csv.bz2"])
+    def test_with_anything_else_is_refused_so_that_nobody_is_left_out(self, folder, frame, tmp_path, name):
+        (folder / name).parent.mkdir(exist_ok=True)
+        frame.to_csv(folder / name, index=False)
+
+        assert f"holds {name.split('/')[0]}, and is to hold nothing but" in refused(folder, tmp_path / "s.csv")
+
+    def test_may_hold_links_and_names_in_capitals(self, folder, frame, tmp_path):
+        (folder / "part-4.csv").rename(tmp_path / "elsewhere")
+        (folder / "part-4.CSV").symlink_to(tmp_path / "elsewhere")
+
+        assert score(folder, tmp_path / "s.csv").startswith("500 customers")
+
+    def test_is_no_place_for_the_result(self, folder, tmp_path):
+        assert "write it elsewhere" in refused(folder, folder / "scored.csv")
+
+    def test_of_more_files_than_a_process_may_open_is_a_job_too(self, frame, tmp_path):
+        folder = tmp_path / "customers"
+        folder.mkdir()
+        most, least = 90, resource.getrlimit(resource.RLIMIT_NOFILE)
+        for number in range(most):
+            frame[number * 5 : number * 5 + 5].to_csv(folder / f"{number:03d}.csv", index=False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + most // 2, least[1]))
+        try:
+            call_command("score", str(folder), str(tmp_path / "s.csv"), stdout=io.StringIO(), stderr=io.StringIO())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, least)
+
+        assert len(pd.read_csv(tmp_path / "s.csv")) == 450
+
+    def test_of_csv_and_parquet_is_refused(self, folder, frame, tmp_path):
+        (folder / "part-5.parquet").write_bytes(as_parquet(frame))
+
+        assert refused(folder, tmp_path / "s.csv") == "part-5.parquet: It is Parquet, unlike part-0.csv."
 
     def test_of_parquet_whose_types_differ_has_types_that_hold_both(self, frame, tmp_path):
         folder = tmp_path / "customers"
@@ -328,7 +406,28 @@ class TestAFolder:
 
         score(folder, tmp_path / "scored.parquet")
 
-        assert pd.read_parquet(tmp_path / "scored.parquet")["Extra"].to_list() == [1.0] * 300 + [1.5] * 200
+        assert pd.read_parquet(tmp_path / "scored.parquet")["Extra"].to_list() == ["1"] * 300 + ["1.5"] * 200
+
+    def test_of_parquet_loses_no_digit_of_an_id_where_one_is_missing(self, frame, tmp_path):
+        folder = tmp_path / "customers"
+        folder.mkdir()
+        ids = [2**53 + 1 + 2 * number for number in range(500)]
+        (folder / "a.parquet").write_bytes(as_parquet(frame.assign(CustomerId=ids)[:300]))
+        (folder / "b.parquet").write_bytes(as_parquet(frame.assign(CustomerId=[None, *[1.0] * 499])[:200]))
+
+        score(folder, tmp_path / "scored.parquet")
+
+        assert pd.read_parquet(tmp_path / "scored.parquet")["CustomerId"].to_list()[:300] == list(map(str, ids[:300]))
+
+    def test_of_parquet_with_a_column_that_is_empty_in_one_file_holds_the_text_of_the_other(self, frame, tmp_path):
+        folder = tmp_path / "customers"
+        folder.mkdir()
+        (folder / "a.parquet").write_bytes(as_parquet(frame.assign(Note="x")[:300]))
+        (folder / "b.parquet").write_bytes(as_parquet(frame.assign(Note=float("nan"))[:200]))
+
+        score(folder, tmp_path / "scored.parquet")
+
+        assert pd.read_parquet(tmp_path / "scored.parquet")["Note"].isna().to_list() == [False] * 300 + [True] * 200
 
 
 class TestOtherStorage:

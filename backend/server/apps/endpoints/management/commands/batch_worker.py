@@ -70,4 +70,8 @@ def work(stopping: threading.Event, *, once: bool) -> None:
             connection.close()
             if once:
                 raise
+        except OSError as error:
+            logger.error("The files of batch jobs cannot be reached (%s); trying again.", error)
+            if once:
+                raise
         stopping.wait(POLL_SECONDS)

@@ -6,11 +6,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from django.core.files import File
 from django.core.management.base import CommandError, CommandParser
 from django.utils import timezone
 from fsspec import AbstractFileSystem
@@ -34,6 +33,7 @@ SHOWN_PROBLEMS = 20
 ENDING = (signal.SIGTERM, signal.SIGINT)
 GZIP = ".gz"
 TABLES = (".csv", ".csv.gz", ".parquet")
+ASIDE = (".", "_")  # as names begin of what Spark and others put beside part files
 
 
 class _Terminated(KeyboardInterrupt):
@@ -94,7 +94,8 @@ class Command(BaseCommand):
         **options: Any,
     ) -> None:
         wanted = Wanted(status, version, algorithm, default_status=Status.PRODUCTION)
-        form = format or (BatchJob.Format.PARQUET if output.endswith(".parquet") else BatchJob.Format.CSV)
+        is_parquet = output.removesuffix(GZIP).endswith(".parquet")
+        form = format or (BatchJob.Format.PARQUET if is_parquet else BatchJob.Format.CSV)
         began = time.monotonic()
         try:
             files, found = _found(input)
@@ -142,9 +143,9 @@ class Command(BaseCommand):
         if not all(source.is_file for source in sources):
             raise CommandError(f"{input} can be read only once; write it into a file, or use --log none.")
         with _replacing(output) as target:
-            with ExitStack() as files:
+            with _told_by_sigterm():
                 job, _ = batch_jobs.submit(
-                    [_File(files.enter_context(source.open()), source) for source in sources],
+                    sources,
                     endpoint,
                     wanted,
                     by=getpass.getuser(),
@@ -152,7 +153,7 @@ class Command(BaseCommand):
                     on_error=on_error,
                     log=log,
                     result_format=form,
-                    file_name=input.rstrip("/").rsplit("/", 1)[-1],
+                    file_name=_shown_name(input),
                     claimed=True,
                 )
             with _stopping() as number, tqdm(unit=" customers", unit_scale=True, disable=None) as bar:
@@ -173,8 +174,15 @@ class Command(BaseCommand):
                     f"/api/v1/batch-jobs/{job.pk}/result.",
                     returncode=128 + number[0] if number else 1,
                 )
-            for block in batch_jobs.result(job)[1]:
-                target.write(block)
+            try:
+                with _told_by_sigterm():
+                    for block in batch_jobs.result(job)[1]:
+                        target.write(block)
+            except (OSError, KeyboardInterrupt, BatchError, batch_jobs.JobError) as error:
+                raise CommandError(
+                    f"{error or 'Interrupted'}. {output} was not written, but job {job.pk} is done: fetch "
+                    f"/api/v1/batch-jobs/{job.pk}/result instead of scoring everybody again."
+                ) from None
         refused = (
             f"; {job.rows_refused:,} of {job.rows_total:,} rows were refused (job {job.pk})" if job.rows_refused else ""
         )
@@ -183,14 +191,6 @@ class Command(BaseCommand):
             f"{job.rows_scored:,} customers were scored by {job.parent_mlalgorithm} into {output} in {{seconds}}; "
             f"{logged}{refused}."
         )
-
-
-class _File(File):
-    """A source as what a job is made of."""
-
-    def __init__(self, file: BinaryIO, source: Source):
-        super().__init__(file, source.name)
-        self.size = source.size
 
 
 class _CsvOutput:
@@ -235,9 +235,15 @@ def _found(named: str) -> tuple[AbstractFileSystem, list[dict[str, Any]]]:
     except FileNotFoundError:
         raise BatchError(f"There is no file {named}.") from None
     if found[0]["type"] == "directory":
-        found = [each for each in files.ls(path, detail=True) if each["type"] == "file" and _is_table(each["name"])]
-        if not found:
-            raise BatchError(f"There is no file in {named} that ends in {', '.join(TABLES)}.")
+        found = [each for each in files.ls(path, detail=True) if not _base_name(each["name"]).startswith(ASIDE)]
+        if storage.is_local(files):  # which says of a link what it is, and not to what it leads
+            found = [files.info(each["name"]) for each in found]
+        others = [_base_name(each["name"]) for each in found if each["type"] != "file" or not _is_table(each["name"])]
+        if others or not found:
+            raise BatchError(
+                f"{named} holds {', '.join(sorted(others)[:5]) or 'no file'}, and is to hold nothing but files whose "
+                f"names end in {', '.join(TABLES)}."
+            )
     return files, sorted(found, key=lambda each: each["name"])
 
 
@@ -247,15 +253,21 @@ def _check_apart(files: AbstractFileSystem, found: Sequence[dict[str, Any]], out
         others, path = url_to_fs(output)
     except (ImportError, ValueError) as error:
         raise CommandError(f"{output} cannot be written: {error}") from None
+    if len(found) > 1 and others == files and path.rpartition("/")[0] == found[0]["name"].rpartition("/")[0]:
+        raise CommandError("OUTPUT would be one more file in the folder that is INPUT; write it elsewhere.")
     for each in found if others == files and others.exists(path) else ():
         if each["name"] == path or (storage.is_local(files) and Path(each["name"]).samefile(path)):
-            raise CommandError(f"OUTPUT is {'INPUT itself' if len(found) == 1 else each['name']}; name another file.")
+            raise CommandError("OUTPUT is INPUT itself; name another file.")
 
 
 def _is_table(path: str) -> bool:
-    """Of what else lies beside part files, names begin with a dot or an underscore."""
-    name = _base_name(path)
-    return name.endswith(TABLES) and not name.startswith((".", "_"))
+    return path.lower().endswith(TABLES)
+
+
+def _shown_name(named: str) -> str:
+    """The last part of a path or URL, without what a signed URL ends in."""
+    name = named.partition("?")[0] if "://" in named else named
+    return os.fsencode(_base_name(name)).decode(errors="replace")
 
 
 def _base_name(path: str) -> str:
