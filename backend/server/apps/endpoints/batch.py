@@ -61,7 +61,7 @@ class AnsweredCsv:
     """Writes a CSV back, marked and separated as it was, with what was answered at its end.
 
     Records are given back as they stand in the file, but for their line ends, formulas included. The columns of an
-    earlier answer are replaced, for which the others are written anew.
+    earlier answer are replaced.
     """
 
     def __init__(self, layout: Layout, *, with_ids: bool = False):
@@ -75,13 +75,18 @@ class AnsweredCsv:
         return self._layout.mark + self._written([self.names])
 
     def body(self, records: Sequence[str], answers: Iterable[Sequence[Any]]) -> str:
+        cells = map(str, chain.from_iterable(answers))
+        kept = self._without_earlier(records) if self._earlier else records
+        lines = map(self._layout.delimiter.join, zip(kept, *[cells] * len(self.added), strict=True))
+        return "\r\n".join([*lines, ""])
+
+    def _without_earlier(self, records: Sequence[str]) -> list[str]:
         delimiter = self._layout.delimiter
-        if not self._earlier:
-            cells = map(str, chain.from_iterable(answers))
-            lines = map(delimiter.join, zip(records, *[cells] * len(self.added), strict=True))
-            return "\r\n".join([*lines, ""])
-        rows = csv.reader(records, delimiter=delimiter, strict=True)
-        return self._written([*row[: -self._earlier], *answer] for row, answer in zip(rows, answers, strict=True))
+        split = [record.rsplit(delimiter, self._earlier) for record in records]
+        if not any(piece.count('"') % 2 for pieces in split for piece in pieces):
+            return [pieces[0] for pieces in split]
+        rows = csv.reader(records, delimiter=delimiter, strict=True)  # a delimiter may be quoted
+        return [self._written([row[: -self._earlier]]).removesuffix("\r\n") for row in rows]
 
     def _written(self, rows: Iterable[Sequence[Any]]) -> str:
         buffer = io.StringIO(newline="")

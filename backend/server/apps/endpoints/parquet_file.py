@@ -53,9 +53,11 @@ class ParquetFile:
         try:
             for table in chain([self.types.empty_table()], tables):
                 rows = table.cast(self._written)
-                for name, column in zip(rows.column_names, rows.columns, strict=True):
+                for place, (name, column) in enumerate(zip(rows.column_names, rows.columns, strict=True)):
                     if pa.types.is_temporal(column.type):
                         _check_dates(name, column)
+                    elif pa.types.is_float64(column.type):
+                        rows = rows.set_column(place, name, _without_exponents(column))
                 if rows.num_columns == 1:  # of which a missing value would be a blank line
                     rows = rows.set_column(0, rows.field(0).name, rows.column(0).cast(pa.string()).fill_null(""))
                 text = io.BytesIO()
@@ -279,6 +281,17 @@ def _check_dates(name: str, column: pa.ChunkedArray) -> None:
             f"The column {name} holds dates that no text stands for, such as those after the year 9999; "
             "leave it out, or make it text."
         ) from None
+
+
+def _without_exponents(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whole numbers as such, so that a customer whose key came as 1e15 is found as 1000000000000000."""
+    import numpy as np
+    import pyarrow as pa
+
+    numbers = column.drop_null().to_numpy()
+    is_whole = (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
+    is_negative_zero = np.signbit(numbers) & (numbers == 0)
+    return column.cast(pa.int64()) if (is_whole & ~is_negative_zero).all() else column
 
 
 def _damaged(error: Exception) -> BatchError:

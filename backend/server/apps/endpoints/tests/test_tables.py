@@ -191,7 +191,16 @@ class TestParquet:
 
         assert "Note more than once" in refused(tmp_path / "customers.csv", tmp_path / "scored.parquet")
 
+    def test_a_long_number_is_the_customer_that_it_is_in_json(self, frame, tmp_path):
+        (tmp_path / "customers.parquet").write_bytes(as_parquet(frame.assign(CustomerId=1234567890123456.0)))
+
+        call_command("score", str(tmp_path / "customers.parquet"), str(tmp_path / "s.parquet"), stdout=io.StringIO())
+
+        assert set(MLRequest.objects.values_list("customer_key", flat=True)) == {"1234567890123456"}
+        assert pd.read_parquet(tmp_path / "s.parquet")["CustomerId"].dtype == float
+
     def test_answers_of_an_earlier_run_are_replaced(self, frame, tmp_path):
+        frame["Note"] = ["", None] * 250
         (tmp_path / "customers.parquet").write_bytes(as_parquet(frame))
         score(tmp_path / "customers.parquet", tmp_path / "scored.parquet")
 
