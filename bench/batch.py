@@ -6,10 +6,10 @@ The script reads by pandas, asks the same forest for probabilities, adds two col
 with scikit-learn on one core and on all. `score` also logs each row, into SQLite and, where it is installed, into a
 PostgreSQL of its own, which keep what earlier rounds have logged. All take turns, each in a process of its own, timed
 from its start to its end. Prints Markdown: seconds, rows per second and the most memory of each, and the ratios within
-a round; then, in one thread, where the time of scoring goes, beside pyarrow that only reads the same file; then how
-long single predictions by HTTP take while a server is idle, and while its worker scores and logs the file.
---memory-rows measures the memory of `score` for another file, of so many rows. Files take 3 KB of the temporary folder
-per row, and what is logged another 2 KB in each round.
+a round; what the databases take for the same inserts alone; then, in one thread, where the time of scoring goes, beside
+pyarrow that only reads the same file; then how long single predictions by HTTP take while a server is idle, and while
+its worker scores and logs the file. --memory-rows measures the memory of `score` for another file, of so many rows.
+Files take 3 KB of the temporary folder per row, and what is logged another 2 KB in each round.
 """
 
 from __future__ import annotations
@@ -174,6 +174,41 @@ for thread in threads:
 assert not job or state == "succeeded", state
 print(json.dumps([len(waited), statistics.median(waited), statistics.quantiles(waited, n=100)[98]]))
 """
+INSERTS = """
+import sys, time
+import django
+django.setup()
+from django.db import connection
+from apps.endpoints.models import MLRequest
+most, size = map(int, sys.argv[1:])
+name = MLRequest._meta.db_table
+with connection.cursor() as cursor:
+    cursor.execute("DROP TABLE IF EXISTS again")
+    if connection.vendor == "postgresql":
+        cursor.execute(f"CREATE TABLE again (LIKE {name} INCLUDING ALL)")
+        with cursor.copy(f"COPY (SELECT * FROM {name} LIMIT {most}) TO STDOUT") as copy:
+            rows = b"".join(copy).splitlines(keepends=True)
+    else:
+        cursor.execute("SELECT sql FROM sqlite_master WHERE tbl_name = %s AND sql IS NOT NULL ORDER BY rowid", [name])
+        for (sql,) in cursor.fetchall():
+            cursor.execute(sql.replace(f'"{name}"', '"again"').replace('INDEX "', 'INDEX "again_'))
+        cursor.execute(f"SELECT * FROM {name} LIMIT {most}")
+        rows = cursor.fetchall()
+    raw = connection.connection
+    began = time.perf_counter()
+    for begin in range(0, len(rows), size):
+        part = rows[begin : begin + size]
+        cursor.execute("BEGIN")
+        if connection.vendor == "postgresql":
+            with cursor.copy("COPY again FROM STDIN") as copy:
+                copy.write(b"".join(part))
+        else:
+            raw.executemany(f"INSERT INTO again VALUES ({', '.join('?' * len(part[0]))})", part)
+        cursor.execute("COMMIT")
+    print(len(rows) / (time.perf_counter() - began))
+    cursor.execute("DROP TABLE again")
+"""
+INSERTED_ROWS, ROWS_OF_A_PART = 200_000, 2_000
 
 
 class Bench:
@@ -250,6 +285,10 @@ class Bench:
             return [json.loads(idle), json.loads(self.python(*ask, job, *often))]
         finally:
             server.stop()
+
+    def inserts_alone(self) -> float:
+        """Rows per second at which a database takes again, into an empty table, what it has logged."""
+        return float(self.python("-c", INSERTS, INSERTED_ROWS, ROWS_OF_A_PART))
 
     def script(self, jobs: int) -> tuple[float, float]:
         return self.measured("-c", SCRIPT, self.model, self.table, self.folder / f"script{jobs}.csv", jobs)
@@ -328,6 +367,17 @@ def report(bench: Bench, logging: dict[str, Bench], rounds: int, memory_rows: in
         logged = int(each.python("-c", COUNT))
         if logged != rounds * bench.rows:
             raise SystemExit(f"{way}: {logged:,} rows.")
+    alone = {way: Spread.of(each.inserts_alone() for _ in range(rounds)) for way, each in logging.items()}
+    sys.stdout.write("\n")
+    sys.stdout.write(
+        table(
+            ["rows per second", "the inserts alone", "the whole job, of these"],
+            [
+                [way, f"{rate.median:,.0f}", f"{bench.rows / Spread.of(seconds[way]).median / rate.median:.0%}"]
+                for way, rate in alone.items()
+            ],
+        )
+    )
     difference = bench.difference()
     sys.stdout.write(f"\nLargest difference from the probabilities of {ONE_CORE}: {difference:.1e}\n\n")
 
