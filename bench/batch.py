@@ -137,7 +137,8 @@ from apps.endpoints.prediction import Wanted
 path = Path(sys.argv[1])
 with path.open("rb") as file:
     wanted = Wanted(default_status="production")
-    job, _ = batch_jobs.submit([File(file, path.name)], "classifier", wanted, by="bench", now=timezone.now())
+    sources = [batch_jobs.uploaded(File(file, path.name))]
+    job, _ = batch_jobs.submit(sources, "classifier", wanted, by="bench", now=timezone.now())
 print(job.pk)
 """
 # Threads that ask for one customer after the other, with a pause, until a job is finished or so many seconds are over.

@@ -112,8 +112,8 @@ def _files_of_its_own(settings, tmp_path: Path, algorithms):
 
 def submit(content: bytes = CUSTOMERS, **options: str) -> BatchJob:
     wanted = Wanted(None, None, None, default_status="production")
-    file = ContentFile(content, "c.csv")
-    return batch_jobs.submit([file], "classifier", wanted, by="ana", now=timezone.now(), claimed=True, **options)[0]
+    sources = [batch_jobs.uploaded(ContentFile(content, "c.csv"))]
+    return batch_jobs.submit(sources, "classifier", wanted, by="ana", now=timezone.now(), claimed=True, **options)[0]
 
 
 def run(job: BatchJob, between_parts: Callable[[], bool] = lambda: False) -> BatchJob:
