@@ -87,7 +87,6 @@ class Table:
 
     def _types_of_all(self, types: pa.Schema) -> pa.Schema:
         """Types that hold what any of the files holds: a column of whole numbers may be one of fractions in another."""
-
         for source in self._sources[1:]:
             with source.open() as raw:
                 if is_parquet(raw):
