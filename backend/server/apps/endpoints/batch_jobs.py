@@ -261,7 +261,7 @@ def result(job: BatchJob, form: str = "") -> tuple[int | None, Iterator[bytes]]:
     names = [job_files.HEADER, *job.parts.order_by("number").values_list("file", flat=True)]
     if (form or job.result_format) == BatchJob.Format.CSV:
         return _contents(job, names)
-    _contents(job, names[:1])
+    _contents(job, names[:1])  # raises Gone
     if not job_files.exists(job.folder, job_files.COLUMNS):
         raise BatchError("Parquet names each column once, and the file names one more than once; ask for CSV.")
     with job_files.opened(job.folder, job_files.COLUMNS) as file:

@@ -54,7 +54,7 @@ class ParquetFile:
             for table in chain([self.types.empty_table()], tables):
                 rows = table.cast(self._written)
                 for place, (name, column) in enumerate(zip(rows.column_names, rows.columns, strict=True)):
-                    if pa.types.is_temporal(column.type):
+                    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
                         _check_dates(name, column)
                     elif pa.types.is_float64(column.type):
                         rows = rows.set_column(place, name, _without_exponents(column))

@@ -132,33 +132,44 @@ class TestTheResult:
         assert len(results) == 1
 
 
-def test_a_result_that_cannot_be_written_is_told_with_the_job_that_holds_it(algorithms, customers, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device. ", 1),
+        (KeyboardInterrupt(), "Interrupted. ", 130),
+    ],
+    ids=["full disk", "Ctrl-C"],
+)
+def test_a_result_that_cannot_be_written_is_told_with_the_job_that_holds_it(
+    algorithms, customers, tmp_path, error, said, code
+):
     scored = tmp_path / "full.csv"
     whole = storage.replacing
 
     @contextmanager
-    def on_a_full_disk(files, path):
+    def that_fails(files, path):
         with whole(files, path) as file:
-            yield FullDisk(file) if path.endswith("full.csv") else file
+            yield Failing(error) if path.endswith("full.csv") else file
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "replacing", on_a_full_disk)
-        with pytest.raises(CommandError) as error:
+        patch.setattr(storage, "replacing", that_fails)
+        with pytest.raises(CommandError) as told:
             call_command("score", str(customers), str(scored), stdout=io.StringIO(), stderr=io.StringIO())
 
     job = BatchJob.objects.get()
-    assert "No space left on device" in str(error.value)
-    assert f"job {job.pk} is done: fetch /api/v1/batch-jobs/{job.pk}/result instead" in str(error.value)
+    assert str(told.value).startswith(said)
+    assert told.value.returncode == code
+    assert f"job {job.pk} is done: fetch /api/v1/batch-jobs/{job.pk}/result instead" in str(told.value)
     assert MLRequest.objects.count() == 500
     assert not scored.exists()
 
 
-class FullDisk:
-    def __init__(self, file):
-        self.file = file
+class Failing:
+    def __init__(self, error: BaseException):
+        self.error = error
 
     def write(self, block: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise self.error
 
 
 class TestWhatIsRefused:

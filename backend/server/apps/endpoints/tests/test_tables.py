@@ -78,6 +78,7 @@ def work() -> None:
 class TestParquet:
     def test_is_scored_as_the_same_customers_in_a_csv_and_keeps_its_types(self, frame, tmp_path):
         frame["Since"] = dt.date(2020, 2, 29)
+        frame["Opens"] = dt.time(8, 30)
         frame["Note"] = ['say "hi"\nor, not', "", None, "007", "NA"] * 100
         frame["Limit"] = [decimal.Decimal("12.50"), None] * 250
         frame["Group"] = pd.Categorical(["a", "b"] * 250)

@@ -48,7 +48,7 @@ def _stop_with(parent: int, stopping: threading.Event) -> None:
 
 
 def work(stopping: threading.Event, *, once: bool) -> None:
-    """Take job after job. A database that does not answer is waited for."""
+    """Take job after job. A database or a storage that does not answer is waited for."""
     job: BatchJob | None = None
     cleaned = float("-inf")
     while not stopping.is_set():

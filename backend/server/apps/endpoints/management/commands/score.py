@@ -112,8 +112,7 @@ class Command(BaseCommand):
         except OSError as error:
             raise CommandError(f"{error.filename or output}: {error.strerror or error}") from None
         except KeyboardInterrupt as interruption:
-            number = signal.SIGTERM if isinstance(interruption, _Terminated) else signal.SIGINT
-            raise CommandError("Interrupted; nothing was written.", returncode=128 + number) from None
+            raise CommandError("Interrupted; nothing was written.", returncode=_code(interruption)) from None
         self.stdout.write(said.format(seconds=f"{time.monotonic() - began:.1f} s"))
 
     def _score(self, sources: Sequence[Source], output: str, form: str, endpoint: str, wanted: Wanted) -> str:
@@ -180,8 +179,9 @@ class Command(BaseCommand):
                         target.write(block)
             except (OSError, KeyboardInterrupt, BatchError, batch_jobs.JobError) as error:
                 raise CommandError(
-                    f"{error or 'Interrupted'}. {output} was not written, but job {job.pk} is done: fetch "
-                    f"/api/v1/batch-jobs/{job.pk}/result instead of scoring everybody again."
+                    f"{str(error) or 'Interrupted'}. {output} was not written, but job {job.pk} is done: fetch "
+                    f"/api/v1/batch-jobs/{job.pk}/result instead of scoring everybody again.",
+                    returncode=_code(error),
                 ) from None
         refused = (
             f"; {job.rows_refused:,} of {job.rows_total:,} rows were refused (job {job.pk})" if job.rows_refused else ""
@@ -235,7 +235,8 @@ def _found(named: str) -> tuple[AbstractFileSystem, list[dict[str, Any]]]:
     except FileNotFoundError:
         raise BatchError(f"There is no file {named}.") from None
     if found[0]["type"] == "directory":
-        found = [each for each in files.ls(path, detail=True) if not _base_name(each["name"]).startswith(ASIDE)]
+        listed = [each for each in files.ls(path, detail=True) if each["name"].rstrip("/") != path.rstrip("/")]
+        found = [each for each in listed if not _base_name(each["name"]).startswith(ASIDE)]
         if storage.is_local(files):  # which says of a link what it is, and not to what it leads
             found = [files.info(each["name"]) for each in found]
         others = [_base_name(each["name"]) for each in found if each["type"] != "file" or not _is_table(each["name"])]
@@ -272,6 +273,13 @@ def _shown_name(named: str) -> str:
 
 def _base_name(path: str) -> str:
     return path.replace(os.sep, "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def _code(error: BaseException) -> int:
+    """As which the process ends; after a signal as shells say it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+    return 1
 
 
 def _told_by(job: BatchJob) -> str:
