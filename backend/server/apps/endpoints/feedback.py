@@ -35,5 +35,6 @@ def record(request_id: int, outcome: Any, *, by: str, now: datetime) -> MLReques
                 request=request, previous=request.feedback, feedback=label, created_by=by, created_at=now
             )
             request.feedback = label
-            request.save(update_fields=["feedback"])
+            request.labelled_at = request.labelled_at or now
+            request.save(update_fields=["feedback", "labelled_at"])
     return request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from datetime import datetime
 from typing import Any
 
@@ -31,6 +32,10 @@ class Endpoint(models.Model):
     name = models.CharField(max_length=128, unique=True, validators=[RegexValidator(f"^{ENDPOINT_NAME}$")])
     owner = models.CharField(max_length=128)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    maturity_days = models.PositiveIntegerField(
+        default=0,
+        help_text="How old an answer is before its outcome counts in A/B tests that say nothing else.",
+    )
 
     def __str__(self) -> str:
         return self.name
@@ -106,6 +111,10 @@ class MLAlgorithmStatus(models.Model):
     active = models.BooleanField(default=True)
     created_by = models.CharField(max_length=150)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    reason = models.TextField(blank=True, editable=False, help_text="Why, where whoever did it had to say so.")
+    is_rollback = models.BooleanField(
+        default=False, editable=False, help_text="Given back to a former production algorithm."
+    )
     parent_mlalgorithm = models.ForeignKey(
         MLAlgorithm, on_delete=models.PROTECT, related_name="statuses", verbose_name="algorithm"
     )
@@ -137,8 +146,23 @@ class ABTestQuerySet(models.QuerySet["ABTest"]):
         return self.filter(ended_at=None)
 
 
+def new_salt() -> str:
+    return secrets.token_hex(16)
+
+
 class ABTest(models.Model):
-    """Two algorithms of one endpoint, compared on what became of the customers they answered for."""
+    """Two algorithms of one endpoint, compared on what became of the customers they answered for.
+
+    What is planned here is fixed for the life of the test: who is in which arm, and when a verdict may fall.
+    """
+
+    class Design(models.TextChoices):
+        SPLIT = "split", "split: each customer is answered by one of the two"
+        SHADOW = "shadow", "shadow: the champion answers everyone, the challenger scores the same unseen"
+
+    class Policy(models.TextChoices):
+        EVIDENCE = "evidence", "evidence: production moves only to a challenger that is shown to be better"
+        ACCURACY = "accuracy", "accuracy: the more accurate goes to production, however small the difference"
 
     title = models.CharField(max_length=200)
     created_by = models.CharField(max_length=150)
@@ -164,6 +188,42 @@ class ABTest(models.Model):
         help_text="Which of the two held production when the test began, if either did.",
     )
 
+    design = models.CharField(max_length=8, choices=Design, default=Design.SPLIT)
+    policy = models.CharField(max_length=8, choices=Policy, default=Policy.ACCURACY)
+    weight = models.FloatField(
+        default=0.5,
+        verbose_name="challenger's share",
+        help_text="Of the customers, between 0 and 1. A shadow's challenger scores all of them.",
+    )
+    salt = models.CharField(max_length=32, default=new_salt, editable=False)
+    alpha = models.FloatField(
+        default=0.05, help_text="How likely, at most, a challenger that is no better may be promoted."
+    )
+    minimum_labelled = models.PositiveIntegerField(
+        default=100, help_text="Customers with a known outcome, by arm, before any verdict; of a shadow, in all."
+    )
+    horizon_days = models.PositiveIntegerField(null=True, blank=True, help_text="After which a verdict falls.")
+    horizon_labelled = models.PositiveIntegerField(
+        null=True, blank=True, help_text="Customers with a known outcome, after which a verdict falls."
+    )
+    maturity_days = models.PositiveIntegerField(default=0, help_text="How old an answer is before its outcome counts.")
+    promote_to = models.CharField(
+        max_length=16,
+        choices=[(status, status.label) for status in (Status.STAGING, Status.PRODUCTION)],
+        default=Status.STAGING,
+        help_text="Where a winner goes by the evidence if neither of the two held production.",
+    )
+    auto_apply = models.BooleanField(default=False, help_text="Whether evaluate_abtests stops it once it is settled.")
+    guardrail_error_rate = models.FloatField(
+        null=True, blank=True, default=0.05, help_text="Which share of the challenger's answers may fail."
+    )
+    guardrail_latency_p99_ms = models.FloatField(null=True, blank=True, help_text="Of the challenger.")
+    guardrail_label_shift = models.FloatField(
+        null=True,
+        blank=True,
+        help_text="How far the challenger's share of label 1 may be from the champion's, between 0 and 1.",
+    )
+
     objects = ABTestQuerySet.as_manager()
 
     class Meta:
@@ -175,6 +235,8 @@ class ABTest(models.Model):
             models.CheckConstraint(
                 condition=~Q(parent_mlalgorithm_1=models.F("parent_mlalgorithm_2")), name="two_different_algorithms"
             ),
+            models.CheckConstraint(condition=Q(weight__gt=0, weight__lt=1), name="both_arms_get_customers"),
+            models.CheckConstraint(condition=Q(alpha__gt=0, alpha__lt=1), name="alpha_is_a_probability"),
         ]
 
     def __str__(self) -> str:
@@ -183,6 +245,12 @@ class ABTest(models.Model):
     @property
     def arm_ids(self) -> tuple[int, int]:
         return self.parent_mlalgorithm_1_id, self.parent_mlalgorithm_2_id
+
+    @property
+    def arms(self) -> tuple[MLAlgorithm, MLAlgorithm]:
+        """The champion, which keeps its place unless the other is better, and the challenger."""
+        first, second = self.parent_mlalgorithm_1, self.parent_mlalgorithm_2
+        return (second, first) if self.champion_id == second.pk else (first, second)
 
 
 HAS_CUSTOMER_KEY = ~Q(customer_key="")
@@ -209,6 +277,11 @@ class MLRequest(models.Model):
     probability = models.FloatField(editable=False)
     feedback = models.CharField(
         max_length=16, null=True, blank=True, choices=[(label, label) for label in FEEDBACK_LABELS]
+    )
+    # When the outcome was told first; corrections leave it. Evidence accumulates in this order.
+    labelled_at = models.DateTimeField(null=True, editable=False)
+    acted_on = models.BooleanField(
+        null=True, editable=False, help_text="Whether something was done for the customer because of the answer."
     )
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     latency_ms = models.FloatField(editable=False, help_text="From the parsed call to the scored answer.")
@@ -249,6 +322,8 @@ class MLRequest(models.Model):
                 condition=Q(abtest__isnull=False),
                 name="request_by_abtest",
             ),
+            # What a shadow has not scored yet.
+            models.Index(fields=["abtest", "id"], condition=Q(abtest__isnull=False), name="request_newest_by_abtest"),
             models.Index(fields=["id"], condition=Q(feedback__isnull=False), name="request_labelled"),
         ]
 
@@ -262,11 +337,57 @@ class FeedbackChange(models.Model):
     request = models.ForeignKey(MLRequest, on_delete=models.CASCADE, related_name="feedback_changes")
     previous = models.CharField(max_length=16, null=True)
     feedback = models.CharField(max_length=16)
+    acted_on = models.BooleanField(null=True)
     created_by = models.CharField(max_length=150)
     created_at = models.DateTimeField(default=timezone.now)
 
     def __str__(self) -> str:
         return f"{self.previous or 'unknown'} to {self.feedback}"
+
+
+class ShadowAnswer(models.Model):
+    """What the challenger of a shadow test says of a request that the champion answered; or why it could not."""
+
+    request = models.OneToOneField(MLRequest, on_delete=models.CASCADE, primary_key=True, related_name="shadow")
+    abtest = models.ForeignKey(ABTest, on_delete=models.PROTECT, related_name="shadow_answers", db_index=False)
+    response = models.CharField(max_length=16, null=True)
+    probability = models.FloatField(null=True)
+    latency_ms = models.FloatField()
+    failure = models.TextField(blank=True)
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        indexes = [models.Index(fields=["abtest", "request"], name="shadow_by_abtest")]
+
+    def __str__(self) -> str:
+        return f"{self.response or 'failure'} for request {self.request_id}"
+
+
+class Decision(models.Model):
+    """How a test ended: the verdict, what it rests on, and what was done. The database refuses changes."""
+
+    class Verdict(models.TextChoices):
+        ROLLBACK = "ROLLBACK"
+        INVALID = "INVALID"
+        HOLD = "HOLD"
+        PROMOTE = "PROMOTE"
+        KEEP = "KEEP"
+        CONTINUE = "CONTINUE"
+
+    abtest = models.OneToOneField(ABTest, on_delete=models.PROTECT, related_name="decision", verbose_name="A/B test")
+    verdict = models.CharField(max_length=8, choices=Verdict)
+    sentence = models.TextField()
+    policy = models.CharField(max_length=8, choices=ABTest.Policy)
+    evidence = models.JSONField(help_text="Counts, statistic, interval, p and the versions that computed them.")
+    promoted = models.ForeignKey(MLAlgorithm, on_delete=models.PROTECT, null=True, related_name="+")
+    promoted_to = models.CharField(max_length=16, choices=Status, blank=True)
+    forced = models.BooleanField(default=False, help_text="A person overruled the verdict.")
+    reason = models.TextField(blank=True)
+    decided_by = models.CharField(max_length=150)
+    decided_at = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"{self.verdict} of {self.abtest}"
 
 
 class BatchJobQuerySet(models.QuerySet["BatchJob"]):

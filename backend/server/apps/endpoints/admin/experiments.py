@@ -54,7 +54,7 @@ class ABTestChangeList(ChangeList):
         self.result_list = list(self.result_list)
         scores = abtests.scores_of(self.result_list)
         for test in self.result_list:
-            test.arms = scores[test.pk]
+            test.scores = scores[test.pk]
 
 
 @admin.register(ABTest)
@@ -135,11 +135,11 @@ class ABTestAdmin(HistoryAdmin):
 
     @admin.display(description="First algorithm")
     def first(self, test: ABTest) -> SafeString:
-        return _in_a_cell(test.arms[0])
+        return _in_a_cell(test.scores[0])
 
     @admin.display(description="Second algorithm")
     def second(self, test: ABTest) -> SafeString:
-        return _in_a_cell(test.arms[1])
+        return _in_a_cell(test.scores[1])
 
     @admin.display(description="Results")
     def results(self, test: ABTest) -> SafeString:
