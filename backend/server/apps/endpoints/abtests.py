@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
+from django.conf import settings
 from django.db import transaction
 from django.db.models import Count, F, Q
 
@@ -39,8 +42,12 @@ class ArmScore:
         return f"{self.algorithm}: {counts} (accuracy {self.accuracy:.4f})"
 
 
-def start(title: str, first: MLAlgorithm, second: MLAlgorithm, *, by: str, now: datetime) -> ABTest:
-    """Put both algorithms into `ab_testing` and share the endpoint's traffic between them. Raises ABTestError."""
+def start(title: str, first: MLAlgorithm, second: MLAlgorithm, *, by: str, now: datetime, **plan: Any) -> ABTest:
+    """Put both algorithms into `ab_testing` and share the endpoint's traffic between them. Raises ABTestError.
+
+    plan: fields of ABTest, within the bounds that its validators set; what it leaves out is as the model, the setting
+    ABTEST_POLICY and the endpoint's `maturity_days` say.
+    """
     if first.pk == second.pk:
         raise ABTestError("An A/B test compares two different algorithms; these are the same.")
     if first.parent_endpoint_id != second.parent_endpoint_id:
@@ -72,15 +79,31 @@ def start(title: str, first: MLAlgorithm, second: MLAlgorithm, *, by: str, now: 
             parent_mlalgorithm_2=second,
             parent_endpoint=endpoint,
             champion=holder if holder in (first, second) else None,
+            **{"policy": settings.ABTEST_POLICY, "maturity_days": endpoint.maturity_days, **plan},
         )
         for algorithm in (first, second):
             lifecycle.move(algorithm, Status.AB_TESTING, by=by, now=now)
     return test
 
 
-def choose_arm(algorithms: Sequence[MLAlgorithm]) -> MLAlgorithm:
-    """Which of a test's algorithms answers the next request: any, with equal chance."""
-    return random.choice(algorithms)
+@dataclass(frozen=True)
+class Traffic:
+    """How a running test shares out an endpoint's requests."""
+
+    test_id: int
+    design: str
+    salt: str
+    weight: float
+
+    def asks_challenger(self, customer_key: str) -> bool:
+        """Whether the challenger answers: for one customer always the same, without a key by chance."""
+        return (_fraction(self.salt, customer_key) if customer_key else random.random()) < self.weight
+
+
+def _fraction(salt: str, customer_key: str) -> float:
+    """Where a test puts a customer between 0 and 1: evenly over all keys, and anew in each test."""
+    digest = hashlib.sha256(f"{salt}:{customer_key}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 def scores(test: ABTest) -> tuple[ArmScore, ArmScore]:

@@ -6,7 +6,7 @@ import secrets
 from datetime import datetime
 from typing import Any
 
-from django.core.validators import RegexValidator
+from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
 from django.db.models import OuterRef, Q, Subquery
 from django.db.models.functions import Now
@@ -16,6 +16,7 @@ from apps.ml.schema import MAX_KEY_LENGTH
 
 ENDPOINT_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 FEEDBACK_LABELS = ("1", "0")
+MOST_DAYS = 3_650
 
 
 class Status(models.TextChoices):
@@ -35,6 +36,7 @@ class Endpoint(models.Model):
     maturity_days = models.PositiveIntegerField(
         default=0,
         help_text="How old an answer is before its outcome counts in A/B tests that say nothing else.",
+        validators=[MaxValueValidator(MOST_DAYS)],
     )
 
     def __str__(self) -> str:
@@ -194,19 +196,36 @@ class ABTest(models.Model):
         default=0.5,
         verbose_name="challenger's share",
         help_text="Of the customers, between 0 and 1. A shadow's challenger scores all of them.",
+        validators=[MinValueValidator(0.001), MaxValueValidator(0.999)],
     )
     salt = models.CharField(max_length=32, default=new_salt, editable=False)
     alpha = models.FloatField(
-        default=0.05, help_text="How likely, at most, a challenger that is no better may be promoted."
+        default=0.05,
+        help_text="How likely, at most, a challenger that is no better may be promoted.",
+        validators=[MinValueValidator(1e-6), MaxValueValidator(0.5)],
     )
     minimum_labelled = models.PositiveIntegerField(
-        default=100, help_text="Customers with a known outcome, by arm, before any verdict; of a shadow, in all."
+        default=100,
+        help_text="Customers with a known outcome, by arm, before any verdict; of a shadow, in all.",
+        validators=[MinValueValidator(1)],
     )
-    horizon_days = models.PositiveIntegerField(null=True, blank=True, help_text="After which a verdict falls.")
+    horizon_days = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        help_text="Days after which a verdict falls.",
+        validators=[MinValueValidator(1), MaxValueValidator(MOST_DAYS)],
+    )
     horizon_labelled = models.PositiveIntegerField(
-        null=True, blank=True, help_text="Customers with a known outcome, after which a verdict falls."
+        null=True,
+        blank=True,
+        help_text="Customers with a known outcome, after which a verdict falls.",
+        validators=[MinValueValidator(1)],
     )
-    maturity_days = models.PositiveIntegerField(default=0, help_text="How old an answer is before its outcome counts.")
+    maturity_days = models.PositiveIntegerField(
+        default=0,
+        help_text="How old an answer is before its outcome counts.",
+        validators=[MaxValueValidator(MOST_DAYS)],
+    )
     promote_to = models.CharField(
         max_length=16,
         choices=[(status, status.label) for status in (Status.STAGING, Status.PRODUCTION)],
@@ -215,13 +234,23 @@ class ABTest(models.Model):
     )
     auto_apply = models.BooleanField(default=False, help_text="Whether evaluate_abtests stops it once it is settled.")
     guardrail_error_rate = models.FloatField(
-        null=True, blank=True, default=0.05, help_text="Which share of the challenger's answers may fail."
+        null=True,
+        blank=True,
+        default=0.05,
+        help_text="Which share of the challenger's answers may fail.",
+        validators=[MinValueValidator(0), MaxValueValidator(1)],
     )
-    guardrail_latency_p99_ms = models.FloatField(null=True, blank=True, help_text="Of the challenger.")
+    guardrail_latency_p99_ms = models.FloatField(
+        null=True,
+        blank=True,
+        help_text="Of the challenger, in milliseconds.",
+        validators=[MinValueValidator(0.001), MaxValueValidator(1e9)],
+    )
     guardrail_label_shift = models.FloatField(
         null=True,
         blank=True,
         help_text="How far the challenger's share of label 1 may be from the champion's, between 0 and 1.",
+        validators=[MinValueValidator(0), MaxValueValidator(1)],
     )
 
     objects = ABTestQuerySet.as_manager()

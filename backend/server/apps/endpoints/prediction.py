@@ -12,15 +12,16 @@ from weakref import WeakKeyDictionary
 
 from django.conf import settings
 
-from apps.endpoints import abtests
+from apps.endpoints.abtests import Traffic
 from apps.endpoints.journal import NewRequest, journal
 from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, Status
 from apps.endpoints.premise import Premise
 from apps.ml.artifacts import HOW_TO_TRAIN, ArtifactError
 from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.registry import Served, registry
-from apps.ml.schema import InputError, Problem, Schema
+from apps.ml.schema import MISSING_IN_FORMS, InputError, Problem, Schema, checked_key
 
+KEY_HEADER = "X-Customer-Key"
 _STATUSES = frozenset(Status.values)
 
 
@@ -38,6 +39,10 @@ class NoSuchAlgorithm(PredictionError):
 
 class AmbiguousAlgorithm(PredictionError):
     """Several algorithms fit; the caller must name one."""
+
+
+class BadCustomerKey(PredictionError):
+    """The header that names the customer cannot be understood, or fits no customer of the body."""
 
 
 class Unavailable(PredictionError):
@@ -65,10 +70,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Choice:
-    """What answers: one algorithm, or the two that share the requests of a running test."""
+    """What answers: one algorithm, or the champion and the challenger of a running test."""
 
     algorithms: Sequence[MLAlgorithm]
-    test_id: int | None = None
+    traffic: Traffic | None = None
+
+    @property
+    def test_id(self) -> int | None:
+        return self.traffic.test_id if self.traffic else None
 
 
 @dataclass(frozen=True)
@@ -140,10 +149,12 @@ def _choose(served: Sequence[MLAlgorithmStatus], wanted: Wanted, *, in_test: boo
         ]
 
     asked = wanted.status or (None if wanted.names_one else wanted.unless_named)
-    test_id, champion_id = served[0].test_id, served[0].champion_id
-    joins_test = test_id and in_test and not wanted.names_one
-    if joins_test and (asked == Status.AB_TESTING or (asked == Status.PRODUCTION and champion_id)):
-        return Choice(fitting(Status.AB_TESTING), test_id)
+    running = served[0]
+    joins_test = running.test_id and in_test and not wanted.names_one
+    if joins_test and (asked == Status.AB_TESTING or (asked == Status.PRODUCTION and running.champion_id)):
+        traffic = Traffic(running.test_id, running.test_design, running.test_salt, running.test_weight)
+        champion_first = sorted(fitting(Status.AB_TESTING), key=lambda arm: arm.pk == running.challenger_id)
+        return Choice(champion_first[:1] if traffic.design == ABTest.Design.SHADOW else champion_first, traffic)
     matches = fitting(asked)
     if len(matches) > 1 and asked is None:
         matches = fitting(wanted.unless_named) or matches
@@ -166,16 +177,24 @@ def predict(
     *,
     now: datetime,
     as_text: bool = False,
+    customer_key: str = "",
 ) -> list[Answer]:
     """Answer for each row, in order, all recorded in one transaction or none.
 
-    as_text: the values are text, as forms send them. Raises PredictionError, InputError.
+    as_text: the values are text, as forms send them. customer_key: of the only row, told beside it. Raises
+    PredictionError, InputError.
     """
-    return score(choose(endpoint_name, wanted), rows, now=now, as_text=as_text)
+    return score(choose(endpoint_name, wanted), rows, now=now, as_text=as_text, customer_key=customer_key)
 
 
 def predict_from_memory(
-    endpoint_name: str, customer: Mapping[str, Any], wanted: Wanted, token_digest: str, *, now: datetime
+    endpoint_name: str,
+    customer: Mapping[str, Any],
+    wanted: Wanted,
+    token_digest: str,
+    *,
+    now: datetime,
+    customer_key: str = "",
 ) -> Answer | None:
     """The answer by what this process knows of the token and the endpoint, if the database confirms both.
 
@@ -188,8 +207,9 @@ def predict_from_memory(
         return None
     try:
         choice = _without_a_broken_arm(_remembered_choice(served, wanted))
-        algorithm = abtests.choose_arm(choice.algorithms) if len(choice.algorithms) > 1 else choice.algorithms[0]
-        (request,) = _scored(algorithm, [customer], choice.test_id, now)
+        told_key = _checked_key(customer_key, [customer])
+        (algorithm,) = _arms(choice, [customer], told_key)
+        (request,) = _scored(algorithm, [customer], choice.test_id, now, told_key)
     except (PredictionError, InputError):
         return None
     premise = Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step)
@@ -217,16 +237,21 @@ def classifier_of(algorithm: MLAlgorithm) -> RetentionClassifier:
         raise Unavailable(f"{algorithm} is not available: {error}") from error
 
 
-def score(choice: Choice, rows: Sequence[Mapping[str, Any]], *, now: datetime, as_text: bool = False) -> list[Answer]:
-    """Score each row by the algorithm chosen, or in a test by either, and record them all or none.
+def score(
+    choice: Choice,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    now: datetime,
+    as_text: bool = False,
+    customer_key: str = "",
+) -> list[Answer]:
+    """Score each row by the algorithm chosen, or in a test by the customer's, and record them all or none.
 
-    Raises Unavailable, InputError.
+    customer_key: of the only row, told beside it. Raises Unavailable, BadCustomerKey, InputError.
     """
     choice = _without_a_broken_arm(choice)
-    if len(choice.algorithms) == 1:
-        arms = [*choice.algorithms] * len(rows)
-    else:
-        arms = [abtests.choose_arm(choice.algorithms) for _ in rows]
+    told_key = _checked_key(customer_key, rows)
+    arms = _arms(choice, rows, told_key, as_text)
     recorded: dict[int, tuple[MLAlgorithm, NewRequest]] = {}
     problems: list[Problem] = []
     for algorithm in choice.algorithms:
@@ -234,7 +259,8 @@ def score(choice: Choice, rows: Sequence[Mapping[str, Any]], *, now: datetime, a
         if not positions:
             continue
         try:
-            scored = _scored(algorithm, [rows[position] for position in positions], choice.test_id, now, as_text)
+            own = [rows[position] for position in positions]
+            scored = _scored(algorithm, own, choice.test_id, now, told_key, as_text)
         except InputError as error:
             problems += [replace(problem, row=positions[problem.row]) for problem in error.problems]
             continue
@@ -268,6 +294,7 @@ def _scored(
     rows: Sequence[Mapping[str, Any]],
     test_id: int | None,
     now: datetime,
+    told_key: str,
     as_text: bool = False,
 ) -> list[NewRequest]:
     """What one algorithm answers for rows, as requests that are not recorded yet."""
@@ -277,7 +304,7 @@ def _scored(
     if as_text:
         rows = schema.parse_text(rows)
     results = classifier.compute_prediction(rows)
-    keys = _customer_keys(schema, rows)
+    keys = _customer_keys(schema, rows, told_key)
     elapsed_ms = (time.perf_counter() - began) * 1000
     return [
         NewRequest(
@@ -310,7 +337,39 @@ def availability() -> list[Availability]:
     return found
 
 
-def _customer_keys(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _arms(choice: Choice, rows: Sequence[Mapping[str, Any]], told_key: str, as_text: bool = False) -> list[MLAlgorithm]:
+    """Who answers each row. A key that cannot be read counts as none here: whoever scores the row will refuse it."""
+    if len(choice.algorithms) == 1:
+        return [*choice.algorithms] * len(rows)
+    champion, challenger = choice.algorithms
+    schema = classifier_of(champion).schema
+
+    def key_of(row: Any) -> str:
+        try:
+            return told_key or schema.customer_key(row, MISSING_IN_FORMS if as_text else frozenset())
+        except (ValueError, AttributeError):
+            return ""
+
+    return [challenger if choice.traffic.asks_challenger(key_of(row)) else champion for row in rows]
+
+
+def _checked_key(text: str, rows: Sequence[Any]) -> str:
+    """A key that was told beside the body, which may name one customer only. Raises BadCustomerKey."""
+    if not text:
+        return ""
+    if len(rows) > 1:
+        raise BadCustomerKey(
+            f"{KEY_HEADER} names one customer, and the body has {len(rows):,}: put each customer's key into its row."
+        )
+    try:
+        return checked_key(text, KEY_HEADER)
+    except ValueError as error:
+        raise BadCustomerKey(f"{error}.") from None
+
+
+def _customer_keys(schema: Schema, rows: Sequence[Mapping[str, Any]], told_key: str) -> list[str]:
+    if told_key:
+        return [_told_twice(schema, row, told_key) for row in rows]
     keys, problems = [], []
     for index, row in enumerate(rows):
         try:
@@ -320,6 +379,16 @@ def _customer_keys(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> list[st
     if problems:
         raise InputError(problems)
     return keys
+
+
+def _told_twice(schema: Schema, row: Mapping[str, Any], told_key: str) -> str:
+    with suppress(ValueError):
+        if schema.customer_key(row) in ("", told_key):
+            return told_key
+    raise BadCustomerKey(
+        f"{KEY_HEADER} is {told_key!r} and {schema.identifier} is {str(row[schema.identifier])[:60]!r}: "
+        "send one of them, or the same in both."
+    )
 
 
 def _nothing_served(endpoint_name: str) -> PredictionError:

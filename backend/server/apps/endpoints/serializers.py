@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from django.db import models
 from django.utils import timezone
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
@@ -100,14 +102,63 @@ class FeedbackSerializer(serializers.Serializer):
         return attrs
 
 
+@extend_schema_field({"type": "string", "example": "30 days, 4000 customers"})
+class HorizonField(serializers.Field):
+    """When a verdict falls at the latest: after days, after customers with a known outcome, or whichever is first."""
+
+    default_error_messages = {
+        "invalid": 'Expected days, customers with a known outcome, or both, as in "30 days, 4000 customers".'
+    }
+    UNITS = {"day": "horizon_days", "customer": "horizon_labelled"}
+
+    def get_attribute(self, test: ABTest) -> ABTest:
+        return test
+
+    def to_representation(self, test: ABTest) -> str | None:
+        counts = [(getattr(test, field), unit) for unit, field in self.UNITS.items()]
+        return ", ".join(f"{count} {unit}{'s' * (count > 1)}" for count, unit in counts if count) or None
+
+    def to_internal_value(self, data: Any) -> dict[str, int]:
+        if not isinstance(data, str):
+            self.fail("invalid")
+        horizon: dict[str, int] = {}
+        for part in data.split(","):
+            match = re.fullmatch(r"\s*([0-9]{1,9})\s*(day|customer)s?\s*", part)
+            if match is None or self.UNITS[match[2]] in horizon:
+                self.fail("invalid")
+            count, name = int(match[1]), self.UNITS[match[2]]
+            for validate in ABTest._meta.get_field(name).validators:
+                validate(count)
+            horizon[name] = count
+        return horizon
+
+
+def is_finite(value: float) -> None:
+    if not math.isfinite(value):
+        raise serializers.ValidationError("Expected a finite number.")
+
+
+class PlanField(serializers.FloatField):
+    default_validators = [is_finite]
+
+
 class ABTestSerializer(serializers.ModelSerializer):
+    """Two algorithms, and the plan by which they are compared, which is fixed for the life of the test."""
+
     created_by = CreatedByField()
+    horizon = HorizonField(required=False, allow_null=True)
+    champion = serializers.SerializerMethodField(help_text="Keeps its place unless the challenger is better.")
+    challenger = serializers.SerializerMethodField()
+    serializer_field_mapping = {**serializers.ModelSerializer.serializer_field_mapping, models.FloatField: PlanField}
 
     class Meta:
         model = ABTest
         fields = [
             *("id", "title", "created_by", "created_at", "ended_at", "summary"),
-            *("parent_mlalgorithm_1", "parent_mlalgorithm_2"),
+            *("parent_mlalgorithm_1", "parent_mlalgorithm_2", "champion", "challenger"),
+            *("design", "policy", "weight", "alpha", "minimum_labelled", "horizon", "maturity_days"),
+            *("promote_to", "auto_apply"),
+            *("guardrail_error_rate", "guardrail_latency_p99_ms", "guardrail_label_shift"),
         ]
         read_only_fields = ["id", "created_at", "ended_at", "summary"]
         extra_kwargs = {
@@ -115,6 +166,16 @@ class ABTestSerializer(serializers.ModelSerializer):
             "parent_mlalgorithm_2": {"pk_field": serializers.IntegerField()},
         }
         validators: list[object] = []  # `abtests` judges, under a lock
+
+    def get_champion(self, test: ABTest) -> int:
+        return test.arms[0].pk
+
+    def get_challenger(self, test: ABTest) -> int:
+        return test.arms[1].pk
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        horizon = attrs.pop("horizon", None) or {}
+        return {**attrs, **horizon}
 
 
 class StoppedABTestSerializer(ABTestSerializer):

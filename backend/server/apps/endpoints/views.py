@@ -105,6 +105,12 @@ def _announced_bytes(request: HttpRequest | Request) -> int:
         raise ParseError("The header Content-Length is no number.") from None
 
 
+def _told_key(request: HttpRequest | Request) -> str:
+    """The customer's key in the header, which WSGI gives as Latin-1 whatever it is."""
+    key = request.META.get("HTTP_X_CUSTOMER_KEY", "")
+    return key if key.isascii() else key.encode("latin-1", "replace").decode("utf-8", "replace")
+
+
 class Api:
     """What all views share: a body of known and bounded size, and JSON whatever the Accept header says."""
 
@@ -247,13 +253,21 @@ class PredictView(Api, APIView):
             wanted = _wanted(headers.get("QUERY_STRING", ""))
         except (ValueError, RecursionError, APIException, SuspiciousOperation):
             return None
-        answer = prediction.predict_from_memory(endpoint_name, customer, wanted, token_digest, now=timezone.now())
+        answer = prediction.predict_from_memory(
+            endpoint_name, customer, wanted, token_digest, now=timezone.now(), customer_key=_told_key(request)
+        )
         return answer and _json(answer.as_json(), {"Allow": "POST, OPTIONS"})
 
     @extend_schema(
         parameters=[
             OpenApiParameter(
                 "endpoint_name", str, "path", examples=[OpenApiExample(DEFAULT_ENDPOINT, value=DEFAULT_ENDPOINT)]
+            ),
+            OpenApiParameter(
+                prediction.KEY_HEADER,
+                str,
+                "header",
+                description="Who the customer is, unless the body says so; in an A/B test one arm answers a customer.",
             ),
             WantedSerializer,
         ],
@@ -277,7 +291,9 @@ class PredictView(Api, APIView):
         rows = [_customer_of_form(request)] if is_form else data if is_list else [data]
         if not rows:
             raise ParseError("The list is empty; send at least one customer.")
-        answers = prediction.predict(endpoint_name, rows, wanted, now=timezone.now(), as_text=is_form)
+        answers = prediction.predict(
+            endpoint_name, rows, wanted, now=timezone.now(), as_text=is_form, customer_key=_told_key(request)
+        )
         body = [answer.as_json() for answer in answers] if is_list else answers[0].as_json()
         return _json(body)
 
@@ -419,18 +435,19 @@ class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
 class ABTestViewSet(AddOnly):
     """Two algorithms of one endpoint share its traffic. Posting a test starts it."""
 
-    queryset = ABTest.objects.order_by("id")
+    queryset = ABTest.objects.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2").order_by("id")
     serializer_class = ABTestSerializer
     permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
 
     def perform_create(self, serializer: ABTestSerializer) -> None:
-        data = serializer.validated_data
+        asked = {**serializer.validated_data}
         serializer.instance = abtests.start(
-            data["title"],
-            data["parent_mlalgorithm_1"],
-            data["parent_mlalgorithm_2"],
-            by=data["created_by"],
+            asked.pop("title"),
+            asked.pop("parent_mlalgorithm_1"),
+            asked.pop("parent_mlalgorithm_2"),
+            by=asked.pop("created_by"),
             now=timezone.now(),
+            **asked,
         )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from django.conf import settings
-from django.db.models import F, FilteredRelation, OuterRef, Q, Subquery
+from django.db.models import Case, F, FilteredRelation, OuterRef, Q, Subquery, When
 from django.utils import timezone
 
 from apps.endpoints import lifecycle
@@ -45,6 +45,12 @@ _newest_step = Prepared(
         "pk",
         Subquery(MLAlgorithmStatus.objects.filter(parent_endpoint=OuterRef("pk")).order_by("-pk").values("pk")[:1]),
     )
+)
+
+# As ABTest.arms says it.
+_CHALLENGER = Case(
+    When(running__champion=F("running__parent_mlalgorithm_2"), then=F("running__parent_mlalgorithm_1")),
+    default=F("running__parent_mlalgorithm_2"),
 )
 
 
@@ -138,7 +144,7 @@ class MLRegistry:
         return self.register_run(version=run.version)
 
     def served(self, endpoint_name: str) -> Sequence[MLAlgorithmStatus]:
-        """The active statuses of what an endpoint serves, each with `test_id` and `champion_id` of a running test.
+        """The active statuses of what an endpoint serves, each with what a running test has planned for its traffic.
 
         They are read again only when the endpoint's history has grown. Whatever changes who answers, the start and
         the end of a test included, adds a status under the endpoint's lock; so its newest id tells whether what
@@ -157,7 +163,15 @@ class MLRegistry:
         statuses = tuple(
             MLAlgorithmStatus.objects.served()
             .filter(parent_endpoint=endpoint_id)
-            .annotate(running=running, test_id=F("running__pk"), champion_id=F("running__champion"))
+            .annotate(
+                running=running,
+                test_id=F("running__pk"),
+                champion_id=F("running__champion"),
+                challenger_id=_CHALLENGER,
+                test_design=F("running__design"),
+                test_salt=F("running__salt"),
+                test_weight=F("running__weight"),
+            )
             .select_related("parent_mlalgorithm")
             .order_by("parent_mlalgorithm_id")
         )

@@ -213,6 +213,15 @@ class AlignedRows:
         return result
 
 
+def checked_key(text: str, name: str) -> str:
+    """A customer's key, which came under a name, without spaces around it. Raises ValueError with a sentence."""
+    if len(text) > MAX_KEY_LENGTH:
+        raise ValueError(f"{name} is longer than {MAX_KEY_LENGTH} characters")
+    if _UNSTORABLE.search(text):
+        raise ValueError(f"{name} holds a character that cannot be stored")
+    return text.strip()
+
+
 @dataclass(frozen=True)
 class Schema:
     columns: tuple[Column, ...]
@@ -269,20 +278,19 @@ class Schema:
         """The feature values of a row as they were sent."""
         return {name: value for name, value in row.items() if name in self._columns_by_name}
 
-    def customer_key(self, row: Mapping[str, Any]) -> str:
-        """The row's identifier as text, "" when it has none. Raises ValueError with a sentence."""
+    def customer_key(self, row: Mapping[str, Any], missing: frozenset[str] = frozenset()) -> str:
+        """The row's identifier as text, "" when it has none, or one spelled as in `missing`.
+
+        Raises ValueError with a sentence.
+        """
         value = row.get(self.identifier) if self.identifier else None
-        if value is None:
+        if value is None or (isinstance(value, str) and value.strip() in missing):
             return ""
         if isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf:
             value = str(int(value) if value == int(value) else value)
         if not isinstance(value, str):
             raise ValueError(f"{self.identifier} expects text or a number, got {_shown(value)}")
-        if len(value) > MAX_KEY_LENGTH:
-            raise ValueError(f"{self.identifier} is longer than {MAX_KEY_LENGTH} characters")
-        if _UNSTORABLE.search(value):
-            raise ValueError(f"{self.identifier} holds a character that cannot be stored")
-        return value.strip()
+        return checked_key(value, self.identifier)
 
     def parse_text(
         self, rows: Sequence[Mapping[str, str]], missing: frozenset[str] = MISSING_IN_FORMS
@@ -341,7 +349,7 @@ class Schema:
         keys, problems = [], []
         for index, cell in enumerate(cells):
             try:
-                keys.append("" if cell.strip() in missing else self.customer_key({self.identifier: cell}))
+                keys.append(self.customer_key({self.identifier: cell}, missing))
             except ValueError as error:
                 problems.append(Problem(self.identifier, str(error), index))
         if problems:

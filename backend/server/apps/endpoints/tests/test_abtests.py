@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 from django.utils import timezone
 
-from apps.endpoints.models import ABTest, MLAlgorithm, MLRequest
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLRequest
 from apps.ml.registry import registry
 from conftest import status_of
 
@@ -87,7 +87,10 @@ class TestStarting:
         told = response.json()
         assert set(told) == {
             *("id", "title", "created_by", "created_at", "ended_at", "summary"),
-            *("parent_mlalgorithm_1", "parent_mlalgorithm_2"),
+            *("parent_mlalgorithm_1", "parent_mlalgorithm_2", "champion", "challenger"),
+            *("design", "policy", "weight", "alpha", "minimum_labelled", "horizon", "maturity_days"),
+            *("promote_to", "auto_apply"),
+            *("guardrail_error_rate", "guardrail_latency_p99_ms", "guardrail_label_shift"),
         }
         assert (told["title"], told["created_by"]) == ("Forest against tree", "Ada")
         assert (told["parent_mlalgorithm_1"], told["parent_mlalgorithm_2"]) == (forest.pk, tree.pk)
@@ -135,6 +138,153 @@ class TestStarting:
         assert begin(api, forest, newer).status_code == 201
         versions = Counter(answer["version"] for answer in ask(api, customer, "production", 100))
         assert set(versions) == {"1.0.0", "2.0.0"}
+
+
+class TestThePlan:
+    def test_has_defaults_that_are_told(self, api, forest, tree):
+        told = begin(api, tree, forest).json()
+
+        assert (told["champion"], told["challenger"]) == (forest.pk, tree.pk)
+        assert (told["design"], told["policy"], told["weight"], told["alpha"]) == ("split", "accuracy", 0.5, 0.05)
+        assert (told["minimum_labelled"], told["horizon"], told["maturity_days"]) == (100, None, 0)
+
+    def test_is_what_was_asked_for(self, api, extra, tree):
+        plan = {
+            **{"design": "shadow", "policy": "evidence", "weight": 0.2, "alpha": 0.01, "minimum_labelled": 500},
+            **{"horizon": "1 day, 4000 customers", "maturity_days": 30, "promote_to": "production"},
+            **{"auto_apply": True, "guardrail_error_rate": None, "guardrail_latency_p99_ms": 20.0},
+            "guardrail_label_shift": 0.1,
+        }
+
+        told = begin(api, extra, tree, **plan).json()
+
+        assert told == {**told, **plan, "champion": extra.pk, "challenger": tree.pk}
+
+    def test_follows_the_setting_and_the_endpoint_where_nothing_is_asked_for(self, api, forest, tree, settings):
+        settings.ABTEST_POLICY = "evidence"
+        Endpoint.objects.update(maturity_days=14)
+
+        told = begin(api, forest, tree).json()
+
+        assert (told["policy"], told["maturity_days"]) == ("evidence", 14)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            *[("design", value) for value in ("both", "", None, 1)],
+            *[("policy", value) for value in ("luck", None)],
+            *[("weight", value) for value in (0, 1, -0.5, 1.5, "nan", "half", None)],
+            *[("alpha", value) for value in (0, 0.9, "nan", "inf")],
+            *[("minimum_labelled", value) for value in (0, -1, 1.5, 10**30)],
+            *[("horizon", value) for value in ("soon", "0 days", "5", "3 days, 4 days", "-1 days", 30, "9999 days")],
+            *[("maturity_days", value) for value in (-1, 10**9, "x")],
+            *[("promote_to", value) for value in ("testing", "retired", None)],
+            *[("guardrail_error_rate", value) for value in (-0.1, 1.1, "nan")],
+            *[("guardrail_latency_p99_ms", value) for value in (0, -5, "inf")],
+        ],
+    )
+    def test_that_makes_no_sense_is_refused_by_the_name_of_the_field(self, api, forest, tree, field, value):
+        response = begin(api, forest, tree, **{field: value})
+
+        refused(response)
+        assert {error["field"] for error in response.json()["errors"]} == {field}
+        assert not ABTest.objects.exists()
+
+
+class TestACustomer:
+    """Whoever has a key is answered by one arm for the life of a test."""
+
+    def arm_of(self, api, customer, key, query="status=ab_testing", **headers) -> str:
+        response = api.post(f"{PREDICT}?{query}", {**customer, "CustomerId": key} if key else customer, **headers)
+        assert response.status_code == 200, response.content
+        return response.json()["algorithm"]
+
+    def test_is_always_answered_by_the_same_arm(self, api, forest, tree, customer):
+        begin(api, forest, tree)
+        rows = [{**customer, "CustomerId": f"C{number}"} for number in range(60)]
+
+        first = [answer["algorithm"] for answer in api.post(f"{PREDICT}?status=production", rows).json()]
+        registry.clear()
+        again = [answer["algorithm"] for answer in api.post(f"{PREDICT}?status=ab_testing", rows[::-1]).json()]
+
+        assert set(first) == {"random forest", "decision tree"}
+        assert first == again[::-1]
+        assert first == [self.arm_of(api, customer, row["CustomerId"]) for row in rows]
+
+    def test_may_be_named_by_the_header(self, api, forest, tree, customer):
+        test = begin(api, forest, tree).json()["id"]
+        keys = [f"C{number}" for number in range(40)]
+
+        by_body = [self.arm_of(api, customer, key) for key in keys]
+        by_header = [self.arm_of(api, customer, None, headers={"X-Customer-Key": f" {key} "}) for key in keys]
+        by_form = [
+            api.post(
+                f"{PREDICT}?status=ab_testing",
+                f"Orders=4&CustomerId={key}",
+                content_type="application/x-www-form-urlencoded",
+            ).json()["algorithm"]
+            for key in keys
+        ]
+
+        assert by_body == by_header == by_form
+        assert MLRequest.objects.filter(abtest=test, customer_key="C7").count() == 3
+
+    def test_whose_key_is_a_number_is_the_one_whose_key_is_its_text(self, api, forest, tree, customer):
+        begin(api, forest, tree)
+
+        for number in range(30):
+            assert self.arm_of(api, customer, number) == self.arm_of(api, customer, f"{number}.0".removesuffix(".0"))
+
+    def test_is_put_into_an_arm_anew_in_each_test(self, api, forest, tree, customer):
+        def arms():
+            test = begin(api, forest, tree).json()["id"]
+            found = [self.arm_of(api, customer, f"C{number}") for number in range(40)]
+            stop(api, test)
+            api.post("/api/v1/mlalgorithmstatuses", {"status": "production", "parent_mlalgorithm": forest.pk})
+            return found
+
+        assert arms() != arms()
+
+    @pytest.mark.parametrize("share", [0.1, 0.8])
+    def test_goes_to_the_challenger_as_often_as_the_weight_says(self, api, forest, tree, customer, share):
+        begin(api, tree, forest, weight=share)
+        rows = [{**customer, "CustomerId": number} for number in range(1000)]
+
+        keyed = Counter(answer["algorithm"] for answer in api.post(f"{PREDICT}?status=production", rows).json())
+        keyless = Counter(answer["algorithm"] for answer in ask(api, customer, "production", 1000))
+
+        for counts in (keyed, keyless):  # five standard deviations
+            assert abs(counts["decision tree"] - 1000 * share) < 5 * (1000 * share * (1 - share)) ** 0.5
+
+    def test_named_twice_must_be_the_same(self, api, algorithms, customer):
+        for key, header in [("C1", "C1"), (42, "42")]:
+            assert self.arm_of(api, customer, key, "status=production", headers={"X-Customer-Key": header})
+
+        response = api.post(PREDICT, {**customer, "CustomerId": "C1"}, headers={"X-Customer-Key": "C2"})
+
+        assert refused(response) == (
+            "X-Customer-Key is 'C2' and CustomerId is 'C1': send one of them, or the same in both."
+        )
+
+    def test_named_beside_a_list_of_several_is_refused(self, api, algorithms, customer):
+        message = refused(api.post(PREDICT, [customer] * 2, headers={"X-Customer-Key": "C1"}))
+
+        assert "X-Customer-Key names one customer, and the body has 2" in message
+        assert api.post(PREDICT, [customer], headers={"X-Customer-Key": "C1"}).status_code == 200
+
+    def test_whose_key_is_too_long_is_refused(self, api, algorithms, customer):
+        assert "X-Customer-Key is longer than" in refused(
+            api.post(PREDICT, customer, headers={"X-Customer-Key": "x" * 500})
+        )
+
+    def test_whose_key_in_a_test_is_none_is_refused_as_elsewhere(self, api, forest, tree, customer):
+        begin(api, forest, tree)
+
+        for bad in ({**customer, "CustomerId": ["C1"]}, "C1"):
+            response = api.post(f"{PREDICT}?status=ab_testing", [customer, bad])
+
+            refused(response)
+            assert [error["row"] for error in response.json()["errors"]] == [2]
 
 
 class TestWhatCannotBeStarted:
