@@ -13,8 +13,9 @@ from django.conf import settings
 from django.db import transaction
 from django.db.models import Count, F, Q
 
-from apps.endpoints import lifecycle
-from apps.endpoints.models import ABTest, MLAlgorithm, MLRequest, Status
+from apps.endpoints import evidence, lifecycle, verdict
+from apps.endpoints.models import ABTest, Decision, MLAlgorithm, MLRequest, Status
+from apps.endpoints.verdict import Judgement
 from apps.ml.artifacts import ArtifactError
 from apps.ml.registry import registry
 
@@ -114,13 +115,23 @@ def scores(test: ABTest) -> tuple[ArmScore, ArmScore]:
 def scores_of(tests: Iterable[ABTest]) -> dict[int, tuple[ArmScore, ArmScore]]:
     """The scores of several tests, by their ids, from one query."""
     tests = list(tests)
+    shadows = [test for test in tests if test.design == ABTest.Design.SHADOW]
+    labelled = MLRequest.objects.labelled()
+    right, challenger_right = Q(response=F("feedback")), Q(shadow__response=F("feedback"))
     counted = {
         (test, algorithm): counts
-        for test, algorithm, *counts in MLRequest.objects.filter(abtest__in=tests)
-        .labelled()
+        for test, algorithm, *counts in labelled.filter(abtest__in=[test for test in tests if test not in shadows])
         .values_list("abtest", "parent_mlalgorithm")
-        .annotate(labelled=Count("*"), correct=Count("feedback", filter=Q(response=F("feedback"))))
+        .annotate(labelled=Count("*"), correct=Count("feedback", filter=right))
     }
+    if shadows:
+        arms = {test.pk: test.arms for test in shadows}
+        for test, both, *correct in (
+            labelled.filter(abtest__in=shadows, shadow__response__isnull=False)
+            .values_list("abtest")
+            .annotate(Count("*"), Count("feedback", filter=right), Count("feedback", filter=challenger_right))
+        ):
+            counted |= {(test, arm.pk): (both, count) for arm, count in zip(arms[test], correct, strict=True)}
 
     def score(test: ABTest, algorithm: MLAlgorithm) -> ArmScore:
         return ArmScore(algorithm, *counted.get((test.pk, algorithm.pk), (0, 0)))
@@ -128,31 +139,122 @@ def scores_of(tests: Iterable[ABTest]) -> dict[int, tuple[ArmScore, ArmScore]]:
     return {test.pk: (score(test, test.parent_mlalgorithm_1), score(test, test.parent_mlalgorithm_2)) for test in tests}
 
 
-def stop(test: ABTest, *, by: str, now: datetime) -> tuple[ABTest, bool]:
-    """End a test; returns it and whether this call ended it (False when it had ended before).
+def judge(test: ABTest, *, now: datetime) -> Judgement:
+    """What the evidence of a test says now; nothing is recorded."""
+    return verdict.judge(evidence.gather(test, now, only_for_verdict=True))
 
-    The more accurate on labelled requests goes to production, the other to testing. A tie, or an arm
-    without labels, leaves production as it was when the test began.
+
+def stop(
+    test: ABTest,
+    *,
+    by: str,
+    now: datetime,
+    force: bool = False,
+    reason: str = "",
+    promote: str = "",
+) -> tuple[ABTest, bool]:
+    """End a test by its policy; returns it and whether this call ended it (False when it had ended before).
+
+    `accuracy`: the more accurate on labelled requests goes to production, the other to testing; a tie, or an arm
+    without labels, leaves production as it was when the test began. `evidence`: only the verdict PROMOTE moves
+    production. Under both, a broken guardrail leaves the champion where it was. force: against the policy, for a
+    reason; promote: "champion" or "challenger", by default whichever the policy would not. Raises
+    ABTestError.
     """
+    if force and not reason.strip():
+        raise ABTestError("Overruling a verdict takes a reason: send `reason` with `force`.")
+    if promote and not force:
+        raise ABTestError("The policy says who goes to production; to overrule it send `force` and a `reason`.")
     with transaction.atomic():
         lifecycle.lock(test.parent_endpoint_id)
         test = ABTest.objects.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2", "champion").get(pk=test.pk)
         if test.ended_at:
             return test, False
-        arms = scores(test)
-        winner, reason = _winner(test, arms)
-        for arm in arms:
-            if winner is None or arm.algorithm.pk != winner.pk:
-                lifecycle.move(arm.algorithm, Status.TESTING, by=by, now=now)
-        if winner:
-            lifecycle.promote(winner, by=by, now=now)
+        found = evidence.gather(test, now, only_for_verdict=True)
+        judgement = verdict.judge(found)
+        outcome = _outcome(test, judgement)
+        if force:
+            outcome = _overruled(test, outcome, promote, by, reason)
+        promoted_to = _apply(test, outcome, by=by, now=now)
         test.ended_at = now
-        test.summary = f"{arms[0]}. {arms[1]}. {reason} Stopped by {by}."
+        test.summary = f"{outcome.summary} Stopped by {by}."
         test.save(update_fields=["ended_at", "summary"])
+        Decision.objects.create(
+            abtest=test,
+            verdict=judgement.verdict,
+            sentence=judgement.sentence,
+            policy=test.policy,
+            evidence=verdict.record(found, judgement),
+            promoted=outcome.winner if promoted_to else None,
+            promoted_to=promoted_to,
+            forced=force,
+            reason=reason.strip(),
+            decided_by=by,
+            decided_at=now,
+        )
     return test, True
 
 
-def _winner(test: ABTest, arms: tuple[ArmScore, ArmScore]) -> tuple[MLAlgorithm | None, str]:
+@dataclass(frozen=True)
+class _Outcome:
+    """Who wins a test, None if by the accuracy rule neither does, and what is said of it."""
+
+    winner: MLAlgorithm | None
+    summary: str
+    by_accuracy: bool = False
+
+
+def _outcome(test: ABTest, judgement: Judgement) -> _Outcome:
+    champion, challenger = test.arms
+    if test.policy == ABTest.Policy.EVIDENCE or judgement.verdict == Decision.Verdict.ROLLBACK:
+        wins = judgement.verdict == Decision.Verdict.PROMOTE
+        return _Outcome(challenger if wins else champion, " ".join([judgement.sentence, *judgement.warnings]))
+    arms = scores(test)
+    winner, why = _more_accurate(test, arms)
+    said = verdict.beside_the_accuracy_rule(judgement)
+    return _Outcome(winner, f"{arms[0]}. {arms[1]}. {why} {said}", by_accuracy=True)
+
+
+def _overruled(test: ABTest, outcome: _Outcome, promote: str, by: str, reason: str) -> _Outcome:
+    champion, challenger = test.arms
+    chosen = {"champion": champion, "challenger": challenger}.get(promote)
+    if chosen is None:
+        chosen = champion if outcome.winner == challenger else challenger
+    return _Outcome(chosen, f"{outcome.summary} Overruled by {by} in favour of {chosen}: {reason.strip()}")
+
+
+def _apply(test: ABTest, outcome: _Outcome, *, by: str, now: datetime) -> str:
+    """Give both algorithms their next status; returns where the winner was promoted to, "" if it was not."""
+    champion, challenger = test.arms
+    if outcome.by_accuracy:
+        promoted = outcome.winner
+        others = {arm: Status.TESTING for arm in test.arms if arm != promoted}
+        target = Status.PRODUCTION
+    elif outcome.winner == challenger:
+        # Who held production is the last champion, to which one may want to go back.
+        promoted = challenger
+        others = {champion: Status.STAGING if test.champion else _status_before(champion)}
+        target = Status.PRODUCTION if test.champion else test.promote_to
+    else:
+        promoted = test.champion
+        others = {challenger: Status.TESTING} | ({} if promoted else {champion: _status_before(champion)})
+        target = Status.PRODUCTION
+    for arm, status in others.items():
+        lifecycle.move(arm, status, by=by, now=now)
+    if promoted is None:
+        return ""
+    if target == Status.PRODUCTION:
+        lifecycle.promote(promoted, by=by, now=now)
+    else:
+        lifecycle.move(promoted, target, by=by, now=now)
+    return "" if promoted == test.champion else target
+
+
+def _status_before(arm: MLAlgorithm) -> str:
+    return arm.statuses.exclude(status=Status.AB_TESTING).order_by("-pk").values_list("status", flat=True)[0]
+
+
+def _more_accurate(test: ABTest, arms: tuple[ArmScore, ArmScore]) -> tuple[MLAlgorithm | None, str]:
     """Who goes to production, or None when neither does, and a sentence that says why."""
     first, second = arms
     if first.accuracy is not None and second.accuracy is not None and first.accuracy != second.accuracy:

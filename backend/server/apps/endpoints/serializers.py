@@ -12,7 +12,16 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.endpoints import batch_jobs, tables
-from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest, Status
+from apps.endpoints.models import (
+    ABTest,
+    BatchJob,
+    Decision,
+    Endpoint,
+    MLAlgorithm,
+    MLAlgorithmStatus,
+    MLRequest,
+    Status,
+)
 from apps.endpoints.prediction import Wanted
 from apps.ml.registry import DEFAULT_ENDPOINT
 from apps.ml.schema import spelled
@@ -102,6 +111,16 @@ class FeedbackSerializer(serializers.Serializer):
         return attrs
 
 
+class DecisionSerializer(serializers.ModelSerializer):
+    class Meta:
+        model = Decision
+        fields = [
+            *("verdict", "sentence", "policy", "promoted", "promoted_to", "forced", "reason", "decided_by"),
+            *("decided_at", "evidence"),
+        ]
+        read_only_fields = fields
+
+
 @extend_schema_field({"type": "string", "example": "30 days, 4000 customers"})
 class HorizonField(serializers.Field):
     """When a verdict falls at the latest: after days, after customers with a known outcome, or whichever is first."""
@@ -149,6 +168,7 @@ class ABTestSerializer(serializers.ModelSerializer):
     horizon = HorizonField(required=False, allow_null=True)
     champion = serializers.SerializerMethodField(help_text="Keeps its place unless the challenger is better.")
     challenger = serializers.SerializerMethodField()
+    decision = DecisionSerializer(read_only=True, allow_null=True, help_text="How it ended, and why.")
     serializer_field_mapping = {**serializers.ModelSerializer.serializer_field_mapping, models.FloatField: PlanField}
 
     class Meta:
@@ -158,7 +178,7 @@ class ABTestSerializer(serializers.ModelSerializer):
             *("parent_mlalgorithm_1", "parent_mlalgorithm_2", "champion", "challenger"),
             *("design", "policy", "weight", "alpha", "minimum_labelled", "horizon", "maturity_days"),
             *("promote_to", "auto_apply"),
-            *("guardrail_error_rate", "guardrail_latency_p99_ms", "guardrail_label_shift"),
+            *("guardrail_error_rate", "guardrail_latency_p99_ms", "guardrail_label_shift", "decision"),
         ]
         read_only_fields = ["id", "created_at", "ended_at", "summary"]
         extra_kwargs = {
@@ -176,6 +196,16 @@ class ABTestSerializer(serializers.ModelSerializer):
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
         horizon = attrs.pop("horizon", None) or {}
         return {**attrs, **horizon}
+
+
+class StopSerializer(serializers.Serializer):
+    """How to end a test. Empty: as its policy says."""
+
+    force = serializers.BooleanField(default=False, help_text="Overrule the policy; needs a reason.")
+    reason = serializers.CharField(default="", allow_blank=True, max_length=2_000)
+    promote = serializers.ChoiceField(
+        ["champion", "challenger"], default="", help_text="With force: by default whichever the policy would not."
+    )
 
 
 class StoppedABTestSerializer(ABTestSerializer):

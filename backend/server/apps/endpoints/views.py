@@ -58,6 +58,7 @@ from apps.endpoints.serializers import (
     MLAlgorithmStatusSerializer,
     MLRequestSerializer,
     StoppedABTestSerializer,
+    StopSerializer,
     WantedSerializer,
 )
 from apps.ml.registry import DEFAULT_ENDPOINT
@@ -435,7 +436,7 @@ class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
 class ABTestViewSet(AddOnly):
     """Two algorithms of one endpoint share its traffic. Posting a test starts it."""
 
-    queryset = ABTest.objects.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2").order_by("id")
+    queryset = ABTest.objects.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2", "decision").order_by("id")
     serializer_class = ABTestSerializer
     permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
 
@@ -452,16 +453,24 @@ class ABTestViewSet(AddOnly):
 
 
 class StopABTestView(Api, APIView):
-    """End a test: the more accurate algorithm on labelled requests goes to production."""
+    """End a test by its policy, and record the decision.
+
+    Under `accuracy` the more accurate algorithm on labelled requests goes to production; under `evidence` only a
+    challenger that is shown to be better.
+    """
 
     permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
 
-    @extend_schema(request=None, responses={200: StoppedABTestSerializer, 404: ErrorSerializer})
+    @extend_schema(
+        request=StopSerializer, responses={200: StoppedABTestSerializer, 400: BAD_REQUEST, 404: ErrorSerializer}
+    )
     def post(self, request: Request, pk: int) -> Response:
         test = ABTest.objects.filter(pk=pk).first()
         if test is None:
             raise Http404(f"There is no A/B test {pk}.")
-        test, ended_now = abtests.stop(test, by=_asker(request), now=timezone.now())
+        asked = StopSerializer(data=request.data)
+        asked.is_valid(raise_exception=True)
+        test, ended_now = abtests.stop(test, by=_asker(request), now=timezone.now(), **asked.validated_data)
         message = (
             "The test is stopped." if ended_now else f"The test had been stopped at {test.ended_at:%Y-%m-%d %H:%M} UTC."
         )

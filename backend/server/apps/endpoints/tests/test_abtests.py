@@ -91,6 +91,7 @@ class TestStarting:
             *("design", "policy", "weight", "alpha", "minimum_labelled", "horizon", "maturity_days"),
             *("promote_to", "auto_apply"),
             *("guardrail_error_rate", "guardrail_latency_p99_ms", "guardrail_label_shift"),
+            "decision",
         }
         assert (told["title"], told["created_by"]) == ("Forest against tree", "Ada")
         assert (told["parent_mlalgorithm_1"], told["parent_mlalgorithm_2"]) == (forest.pk, tree.pk)
@@ -480,7 +481,8 @@ class TestStopping:
         assert told["summary"] == (
             "random forest 1.0.0: 5 of 10 labelled requests right (accuracy 0.5000). "
             "decision tree 1.0.0: 6 of 8 labelled requests right (accuracy 0.7500). "
-            "decision tree 1.0.0 is the more accurate and goes to production. Stopped by anonymous."
+            "decision tree 1.0.0 is the more accurate and goes to production. "
+            "Not yet supported by the evidence: p = 1, about 270 more labels would settle it. Stopped by anonymous."
         )
         assert told["message"] == f"The test is stopped. {told['summary']}"
         assert timezone.now() >= datetime.fromisoformat(told["ended_at"]) > datetime.fromisoformat(told["created_at"])

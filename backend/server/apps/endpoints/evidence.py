@@ -1,0 +1,457 @@
+"""What the log says of an A/B test at a moment: counted by the database, whatever the test's size.
+
+The unit is a customer, counted once by the first of its requests whose outcome became known; a request without a key
+is a unit by itself. An outcome counts when it is known and the answer is `maturity_days` old. Evidence accumulates in
+the order in which outcomes began to count, then by id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from itertools import accumulate
+from typing import Any
+
+from django.db import connection
+
+from apps.endpoints.models import ABTest, MLAlgorithm
+
+CALIBRATION_BINS = 10
+PERCENTILES = (50, 95, 99)
+EVERYONE, UNTREATED = "everyone", "untreated"
+# Positions of the champion's and the challenger's in all that is told of both.
+SIDES = CHAMPION, CHALLENGER = 0, 1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Customers with an outcome that counts, and how many of them were answered rightly."""
+
+    labelled: int = 0
+    correct: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.labelled + other.labelled, self.correct + other.correct)
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.labelled if self.labelled else None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One algorithm in a test.
+
+    requests: answered, or of a shadow's challenger scored. customers: who asked. labelled: customers whose outcome
+    counts; judged: those on whom the verdict rests. calibration: (mean probability, share that stayed, customers) by
+    tenth of the probability. latency_ms: by percentile, of all requests.
+    """
+
+    algorithm: MLAlgorithm
+    requests: int = 0
+    customers: int = 0
+    labelled: Counts = Counts()
+    treated: Counts = Counts()
+    judged: Counts = Counts()
+    failures: int = 0
+    positive: int = 0
+    mean_probability: float | None = None
+    brier: float | None = None
+    roc_auc: float | None = None
+    latency_ms: dict[int, float] = field(default_factory=dict)
+    calibration: Sequence[tuple[float, float, int]] = ()
+
+    @property
+    def label_rate(self) -> float | None:
+        return self.labelled.labelled / self.customers if self.customers else None
+
+    @property
+    def positive_share(self) -> float | None:
+        return self.positive / self.requests if self.requests else None
+
+    @property
+    def failure_rate(self) -> float | None:
+        asked = self.requests + self.failures
+        return self.failures / asked if asked else None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Customers whom both algorithms scored, by who was right."""
+
+    both: int = 0
+    only_champion: int = 0
+    only_challenger: int = 0
+    neither: int = 0
+
+    def __add__(self, other: Pairs) -> Pairs:
+        return Pairs(
+            self.both + other.both,
+            self.only_champion + other.only_champion,
+            self.only_challenger + other.only_challenger,
+            self.neither + other.neither,
+        )
+
+    @property
+    def counts(self) -> tuple[Counts, Counts]:
+        """The same, of each of the two by itself."""
+        champion, challenger = self.both + self.only_champion, self.both + self.only_challenger
+        return Counts(self.total, champion), Counts(self.total, challenger)
+
+    @property
+    def total(self) -> int:
+        return self.both + self.only_champion + self.only_challenger + self.neither
+
+
+@dataclass(frozen=True)
+class Day:
+    """What had accumulated at the end of a day (UTC), each the champion's first. customers: who asked first by then."""
+
+    day: date
+    customers: tuple[int, int]
+    judged: tuple[Counts, Counts]
+    pairs: Pairs
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a verdict rests on, at a moment.
+
+    judged: EVERYONE, or UNTREATED if enough customers were left alone. wins: of pairs in which one alone was right,
+    whether it was the challenger, in the order in which they began to count; of a shadow. waiting: requests that a
+    shadow's challenger has not scored yet.
+    """
+
+    test: ABTest
+    as_of: datetime
+    arms: tuple[Arm, Arm]
+    judged: str
+    days: Sequence[Day]
+    pairs: Pairs
+    wins: Sequence[bool]
+    waiting: int = 0
+
+    @property
+    def champion(self) -> Arm:
+        return self.arms[CHAMPION]
+
+    @property
+    def challenger(self) -> Arm:
+        return self.arms[CHALLENGER]
+
+    @property
+    def is_paired(self) -> bool:
+        return self.test.design == ABTest.Design.SHADOW
+
+    @property
+    def labelled(self) -> int:
+        """Customers on whom the verdict rests."""
+        return self.pairs.total if self.is_paired else sum(arm.judged.labelled for arm in self.arms)
+
+    @property
+    def treated_share(self) -> float:
+        """Of the labelled customers those for whom something was done because of the answer."""
+        labelled = sum(arm.labelled.labelled for arm in self.arms)
+        return sum(arm.treated.labelled for arm in self.arms) / labelled if labelled else 0.0
+
+    @property
+    def is_at_horizon(self) -> bool:
+        test = self.test
+        by_days = test.horizon_days and self.as_of >= test.created_at + timedelta(days=test.horizon_days)
+        return bool(by_days or (test.horizon_labelled and self.labelled >= test.horizon_labelled))
+
+
+def gather(test: ABTest, as_of: datetime, *, as_it_stood: bool = False, only_for_verdict: bool = False) -> Evidence:
+    """The evidence of a test at a moment. as_it_stood: with the outcomes as they were told by then.
+
+    only_for_verdict: without what is shown beside it, which takes longer.
+    """
+    log = _Log(test, as_of, as_it_stood)
+    accumulated = log.accumulated()
+    everyone, treated = _total(accumulated), _total(row for row in accumulated if row.treated)
+    untreated = _total(row for row in accumulated if not row.treated)
+    enough = all(counts.labelled >= test.minimum_labelled for counts in untreated.counts)
+    only_untreated = enough and any(counts.labelled for counts in treated.counts)
+    judged = [row for row in accumulated if not (only_untreated and row.treated)]
+    customers = log.customers()
+    return Evidence(
+        test=test,
+        as_of=as_of,
+        arms=tuple(
+            Arm(
+                algorithm=test.arms[side],
+                customers=sum(asked[side] for asked in customers.values()),
+                labelled=everyone.counts[side],
+                treated=treated.counts[side],
+                judged=_total(judged).counts[side],
+                **_measures(log, side, only_for_verdict),
+            )
+            for side in SIDES
+        ),
+        judged=UNTREATED if only_untreated else EVERYONE,
+        days=_days(customers, judged),
+        pairs=_total(judged).pairs,
+        wins=log.wins(only_untreated) if log.is_paired else (),
+        waiting=log.waiting() if log.is_paired else 0,
+    )
+
+
+def _measures(log: _Log, side: int, only_for_verdict: bool) -> dict[str, Any]:
+    """What `Arm` shows of an arm beside its counts."""
+    measures: dict[str, Any] = log.traffic(side)
+    if not only_for_verdict or log.test.guardrail_latency_p99_ms is not None:
+        measures["latency_ms"] = log.percentiles(side, measures["requests"])
+    return measures if only_for_verdict else measures | log.quality(side)
+
+
+@dataclass(frozen=True)
+class _Accumulated:
+    """What a day added, of customers who were left alone or who were not."""
+
+    day: date
+    treated: bool = False
+    counts: tuple[Counts, Counts] = (Counts(), Counts())
+    pairs: Pairs = Pairs()
+
+    def __add__(self, other: _Accumulated) -> _Accumulated:
+        first, second = (mine + more for mine, more in zip(self.counts, other.counts, strict=True))
+        return _Accumulated(other.day, other.treated, (first, second), self.pairs + other.pairs)
+
+
+def _total(rows: Iterable[_Accumulated]) -> _Accumulated:
+    return sum(rows, _Accumulated(date.min))
+
+
+def _days(customers: dict[date, tuple[int, int]], judged: Sequence[_Accumulated]) -> list[Day]:
+    """Every day on which anything changed, with what had accumulated by its end."""
+    days = sorted({*customers, *(row.day for row in judged)})
+    asked = accumulate(
+        (customers.get(day, (0, 0)) for day in days), lambda total, more: (total[0] + more[0], total[1] + more[1])
+    )
+    added = (_total(row for row in judged if row.day == day) for day in days)
+    known = accumulate(added, lambda total, more: total + more)
+    return [Day(day, each, sums.counts, sums.pairs) for day, each, sums in zip(days, asked, known, strict=True)]
+
+
+# Where databases differ. {0} is an expression; days is of whole days.
+_DAY_OF = {"sqlite": "substr({0}, 1, 10)", "postgresql": "to_char(({0}) AT TIME ZONE 'UTC', 'YYYY-MM-DD')"}
+_LATER = {
+    "sqlite": "strftime('%Y-%m-%d %H:%M:%f', {0}, '+{days} days')",
+    "postgresql": "({0} + interval '{days} days')",
+}
+_WHOLE = {"sqlite": "CAST({0} AS INTEGER)", "postgresql": "floor({0})::integer"}
+
+
+class _Log:
+    """The requests of a test as SQL; each question is one pass over them in the database."""
+
+    def __init__(self, test: ABTest, as_of: datetime, as_it_stood: bool):
+        self.is_paired = test.design == ABTest.Design.SHADOW
+        self.test = test
+        self._champion, self._challenger = (algorithm.pk for algorithm in test.arms)
+        self._moment = connection.ops.adapt_datetimefield_value(as_of)
+        self._mature_since = connection.ops.adapt_datetimefield_value(as_of - timedelta(days=test.maturity_days))
+        self._as_it_stood = as_it_stood
+
+    def accumulated(self) -> list[_Accumulated]:
+        """By day and treatment, the customers whose outcome began to count then."""
+        day = self._by_vendor(_DAY_OF, "counts_at")
+        if self.is_paired:
+            rows = self._ask(
+                f"""
+                SELECT {day}, treated,
+                    SUM(champion_right * challenger_right), SUM(champion_right * (1 - challenger_right)),
+                    SUM((1 - champion_right) * challenger_right), SUM((1 - champion_right) * (1 - challenger_right))
+                FROM ({self._units()}) AS units WHERE nth = 1 GROUP BY 1, 2
+                """
+            )
+            return [
+                _Accumulated(date.fromisoformat(day), bool(treated), pairs.counts, pairs)
+                for day, treated, *counted in rows
+                for pairs in [Pairs(*counted)]
+            ]
+        rows = self._ask(
+            f"""
+            SELECT {day}, treated, side, COUNT(*), SUM(champion_right)
+            FROM ({self._units()}) AS units WHERE nth = 1 GROUP BY 1, 2, 3
+            """
+        )
+        return [
+            _Accumulated(
+                date.fromisoformat(day),
+                bool(treated),
+                (Counts(labelled, correct), Counts()) if side == CHAMPION else (Counts(), Counts(labelled, correct)),
+            )
+            for day, treated, side, labelled, correct in rows
+        ]
+
+    def wins(self, only_untreated: bool) -> list[bool]:
+        rows = self._ask(
+            f"""
+            SELECT challenger_right FROM ({self._units()}) AS units
+            WHERE nth = 1 AND champion_right <> challenger_right {"AND treated = 0" if only_untreated else ""}
+            ORDER BY counts_at, id
+            """
+        )
+        return [bool(won) for (won,) in rows]
+
+    def customers(self) -> dict[date, tuple[int, int]]:
+        """By day, how many customers of each arm asked first then. A shadow's both arms have all of them."""
+        found: dict[date, list[int]] = {}
+        for day, side, customers in self._ask(
+            f"""
+            SELECT {self._by_vendor(_DAY_OF, "asked_at")}, side, COUNT(*) FROM (
+                SELECT {self._side()} AS side, MIN(created_at) AS asked_at
+                FROM endpoints_mlrequest AS r WHERE {self._in_test()}
+                GROUP BY customer_key, CASE WHEN customer_key = '' THEN id END, 1
+            ) AS customers GROUP BY 1, 2
+            """
+        ):
+            found.setdefault(date.fromisoformat(day), [0, 0])[side] += customers
+        return {day: (asked[0], asked[0] if self.is_paired else asked[1]) for day, asked in found.items()}
+
+    def waiting(self) -> int:
+        ((waiting,),) = self._ask(
+            f"""
+            SELECT COUNT(*) FROM endpoints_mlrequest AS r WHERE {self._in_test()}
+            AND NOT EXISTS (SELECT 1 FROM endpoints_shadowanswer AS s WHERE s.request_id = r.id)
+            """
+        )
+        return waiting
+
+    def traffic(self, side: int) -> dict[str, int]:
+        """Requests answered, how many of them with label 1, and failures."""
+        if side == CHALLENGER and self.is_paired:
+            sql = f"""
+                SELECT COUNT(s.response), COALESCE(SUM(CASE WHEN s.response = '1' THEN 1 ELSE 0 END), 0),
+                    COUNT(*) - COUNT(s.response)
+                FROM {self._scored()}
+            """
+            return dict(zip(("requests", "positive", "failures"), self._ask(sql)[0], strict=True))
+        sql = f"""
+            SELECT COUNT(*), COALESCE(SUM(CASE WHEN response = '1' THEN 1 ELSE 0 END), 0)
+            FROM endpoints_mlrequest AS r WHERE {self._answered(side)}
+        """
+        requests, positive = self._ask(sql)[0]
+        failed = "SELECT COUNT(*) FROM endpoints_shadowanswer WHERE abtest_id = {} AND failure <> ''"
+        ((failures,),) = self._ask(failed.format(self.test.pk)) if side == CHALLENGER else [(0,)]
+        return {"requests": requests, "positive": positive, "failures": failures}
+
+    def percentiles(self, side: int, requests: int) -> dict[int, float]:
+        """Nearest-rank percentiles of the latency of all requests of an arm, in milliseconds."""
+        if not requests:
+            return {}
+        rank = {percent: -(-requests * percent // 100) for percent in PERCENTILES}
+        latencies = (
+            f"SELECT s.latency_ms FROM {self._scored()} AND s.response IS NOT NULL"
+            if side == CHALLENGER and self.is_paired
+            else f"SELECT latency_ms FROM endpoints_mlrequest AS r WHERE {self._answered(side)}"
+        )
+        ranked = f"SELECT latency_ms, ROW_NUMBER() OVER (ORDER BY latency_ms) AS nth FROM ({latencies}) AS latencies"
+        rows = self._ask(
+            f"SELECT nth, latency_ms FROM ({ranked}) AS ranked WHERE nth IN ({', '.join(map(str, rank.values()))})"
+        )
+        by_rank = dict(rows)
+        return {percent: by_rank[nth] for percent, nth in rank.items()}
+
+    def quality(self, side: int) -> dict[str, Any]:
+        """How good an arm's probabilities are, over all customers whose outcome counts.
+
+        The area under the ROC curve is the chance that of two customers the one who stayed has the higher probability,
+        ties counted by half (Hanley and McNeil 1982).
+        """
+        probability = "challenger_probability" if side == CHALLENGER and self.is_paired else "probability"
+        of_arm = "" if self.is_paired else f"AND side = {side}"
+        grouped = f"""
+            SELECT {probability} AS p, SUM(stayed) AS stayed, SUM(1 - stayed) AS left_us
+            FROM ({self._units()}) AS units WHERE nth = 1 {of_arm} GROUP BY 1
+        """
+        tenth = self._by_vendor(_WHOLE, f"p * {CALIBRATION_BINS}")
+        rows = self._ask(
+            f"""
+            SELECT {tenth}, SUM(p * (stayed + left_us)), SUM(stayed), SUM(left_us),
+                SUM(stayed * (1 - p) * (1 - p) + left_us * p * p), SUM(stayed * (left_before - left_us / 2.0))
+            FROM (SELECT p, stayed, left_us, SUM(left_us) OVER (ORDER BY p) AS left_before FROM ({grouped}) AS grouped)
+            AS cumulated GROUP BY 1 ORDER BY 1
+            """
+        )
+        stayed, left = sum(int(row[2]) for row in rows), sum(int(row[3]) for row in rows)
+        if not rows:
+            return {}
+        bins: dict[int, list[float]] = {}
+        for number, total, ones, zeros, *_ in rows:
+            sums = bins.setdefault(min(int(number), CALIBRATION_BINS - 1), [0.0, 0, 0])
+            sums[0], sums[1], sums[2] = sums[0] + total, sums[1] + int(ones), sums[2] + int(ones + zeros)
+        return {
+            "mean_probability": sum(row[1] for row in rows) / (stayed + left),
+            "brier": sum(row[4] for row in rows) / (stayed + left),
+            "roc_auc": float(sum(row[5] for row in rows)) / (stayed * left) if stayed and left else None,
+            "calibration": tuple((total / n, ones / n, n) for _, (total, ones, n) in sorted(bins.items())),
+        }
+
+    def _units(self) -> str:
+        """The requests by which customers count where nth is 1; a 1 for what is so, a 0 for what is not."""
+        outcome, acted_on = "r.feedback", "r.acted_on"
+        if self._as_it_stood:
+            then = "FROM endpoints_feedbackchange AS c WHERE c.request_id = r.id AND c.created_at"
+            told = f"{then} <= {self._literal(self._moment)} ORDER BY c.id DESC LIMIT 1"
+            has_changed = f"EXISTS (SELECT 1 {then} > {self._literal(self._moment)})"
+            outcome, acted_on = (
+                f"CASE WHEN {has_changed} THEN (SELECT c.{name} {told}) ELSE r.{name} END"
+                for name in ("feedback", "acted_on")
+            )
+        counts_at = "r.labelled_at"
+        if self.test.maturity_days:
+            mature_at = self._by_vendor(_LATER, "r.created_at", days=self.test.maturity_days)
+            counts_at = f"CASE WHEN r.labelled_at < {mature_at} THEN {mature_at} ELSE r.labelled_at END"
+        shadow = ("", "", "")
+        if self.is_paired:
+            shadow = (
+                ", CASE WHEN challenger_label = outcome THEN 1 ELSE 0 END AS challenger_right, challenger_probability",
+                ", s.response AS challenger_label, s.probability AS challenger_probability",
+                "JOIN endpoints_shadowanswer AS s ON s.request_id = r.id AND s.response IS NOT NULL",
+            )
+        return f"""
+            SELECT id, side, treated, counts_at, probability {shadow[0]},
+                CASE WHEN response = outcome THEN 1 ELSE 0 END AS champion_right,
+                CASE WHEN outcome = '1' THEN 1 ELSE 0 END AS stayed,
+                ROW_NUMBER() OVER (
+                    PARTITION BY customer_key, CASE WHEN customer_key = '' THEN id END ORDER BY counts_at, id
+                ) AS nth
+            FROM (
+                SELECT r.id, r.customer_key, r.response, r.probability {shadow[1]}, {self._side()} AS side,
+                    {outcome} AS outcome, CASE WHEN {acted_on} THEN 1 ELSE 0 END AS treated, {counts_at} AS counts_at
+                FROM endpoints_mlrequest AS r {shadow[2]}
+                WHERE {self._in_test()} AND r.feedback IS NOT NULL
+                    AND r.labelled_at <= {self._literal(self._moment)}
+                    AND r.created_at <= {self._literal(self._mature_since)}
+            ) AS labelled
+        """
+
+    def _in_test(self) -> str:
+        return f"r.abtest_id = {self.test.pk} AND r.created_at <= {self._literal(self._moment)}"
+
+    def _answered(self, side: int) -> str:
+        algorithm = (self._champion, self._challenger)[side]
+        return f"{self._in_test()} AND r.parent_mlalgorithm_id = {algorithm}"
+
+    def _scored(self) -> str:
+        return (
+            "endpoints_shadowanswer AS s JOIN endpoints_mlrequest AS r ON r.id = s.request_id "
+            f"WHERE s.abtest_id = {self.test.pk} AND r.created_at <= {self._literal(self._moment)}"
+        )
+
+    def _side(self) -> str:
+        return f"CASE WHEN r.parent_mlalgorithm_id = {self._champion} THEN {CHAMPION} ELSE {CHALLENGER} END"
+
+    def _literal(self, moment: Any) -> str:
+        return f"'{moment}'"
+
+    def _by_vendor(self, forms: dict[str, str], expression: str, **values: int) -> str:
+        return forms[connection.vendor].format(expression, **values)
+
+    def _ask(self, sql: str) -> list[tuple[Any, ...]]:
+        with connection.cursor() as cursor:
+            cursor.execute(sql)
+            return cursor.fetchall()
