@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 from django.contrib.auth.models import Permission, User
 from hypothesis import HealthCheck, given, settings
@@ -84,8 +86,8 @@ class TestGoingBack:
             promoted["random_forest"],
             promoted["extra_trees"],
         )
-        assert (back.created_by, back.reason) == (away.created_by, away.reason) == ("Grace", back.reason)
-        assert back.reason == "It sends everybody a voucher"
+        for step in (back, away):
+            assert (step.created_by, step.reason) == ("Grace", "It sends everybody a voucher")
         assert (back.is_rollback, away.is_rollback) == (True, False)
         assert MLAlgorithmStatus.objects.count() == 3 + 2 + 2
 
@@ -151,16 +153,11 @@ class TestGoingBack:
 
         assert in_production(api) == ["random_forest"]
 
-    @pytest.mark.parametrize("status", ["testing", "staging", "retired"])
+    @pytest.mark.parametrize("status", ["testing", "staging"])
     def test_when_nothing_is_in_production_gives_it_to_the_last_that_was(self, api, promoted, status):
         move(api, promoted["extra_trees"], status)
         assert in_production(api) == []
 
-        if status == "retired":
-            assert "extra trees 1.0.0, which endpoint classifier would go back to, is retired" in refused(
-                api.post(address())
-            )
-            return
         roll_back(api)
 
         assert in_production(api) == ["extra_trees"]
@@ -205,6 +202,13 @@ class TestWhatIsRefused:
             "give it another status first, or promote another algorithm instead."
         )
 
+    def test_when_the_last_production_algorithm_was_retired_and_nobody_promoted(self, api, promoted):
+        move(api, promoted["extra_trees"], "retired")
+
+        assert "extra trees 1.0.0, which endpoint classifier would go back to, is retired" in refused(
+            api.post(address())
+        )
+
     def test_when_its_artifact_is_damaged_even_if_this_process_has_it_in_memory(
         self, api, artifacts_dir, settings, customer, promoted
     ):
@@ -231,10 +235,8 @@ class TestWhatIsRefused:
         forest.save()
         assert "is not the one that was registered" in refused(api.post(address()))
 
-    @pytest.mark.parametrize("body", [{"reason": "x" * 2001}, {"created_by": ""}, {"reason": None}, [], [1], "text"])
+    @pytest.mark.parametrize("body", [{"reason": "x" * 2001}, {"created_by": ""}, {"reason": None}, [1], "text"])
     def test_a_body_that_cannot_be_understood(self, api, promoted, body):
-        if body == []:
-            pytest.skip("an empty list is an empty body to DRF")
         refused(api.post(address(), body), 400)
 
     @pytest.mark.parametrize("method", ["get", "put", "patch", "delete"])
@@ -280,7 +282,7 @@ class TestAnyHistory(TestCase):
         """Beside a list of who was promoted, as a person would keep it."""
         registry.clear()
         algorithms = {algorithm.key: algorithm for algorithm in registry.register_run()}
-        with self.settings(DEBUG=True):
+        with self.settings(DEBUG=True), patch.object(registry, "check"):  # loading each time takes most of the time
             api = APIClient()
             notes, empty = ["random_forest"], False
             for step, key in steps:
