@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -195,8 +196,10 @@ class RollbackForm(BaseDialogForm):
     reason = forms.CharField(required=False, max_length=2_000, widget=UnfoldAdminTextareaWidget({"rows": 3}))
 
     def render_before_template(self) -> str:
-        endpoint = Endpoint.objects.filter(pk=self.object_id).first()
-        return format_html('<p class="mb-4">Back to: {}</p>', way_back(endpoint)) if endpoint else ""
+        with suppress(ValueError):  # the address may hold anything
+            for endpoint in Endpoint.objects.filter(pk=self.object_id):
+                return format_html('<p class="mb-4">Back to: {}</p>', way_back(endpoint))
+        return ""
 
 
 @admin.register(Endpoint)
