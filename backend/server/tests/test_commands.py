@@ -1,4 +1,4 @@
-"""The commands of an administrator: create_admin, create_token, register_algorithms, purge_requests."""
+"""The commands of an administrator: create_admin, create_token, register_algorithms, rollback_production, ..."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from hypothesis.extra.django import TestCase
 from knox.models import AuthToken
 from rest_framework.test import APIClient
 
-from apps.endpoints import purge
+from apps.endpoints import lifecycle, purge
+from apps.endpoints.management.base import who
 from apps.endpoints.models import Endpoint, FeedbackChange, MLAlgorithm, MLRequest
 from conftest import status_of
 from tests import processes
@@ -294,6 +295,37 @@ def test_a_running_server_answers_with_a_run_that_is_registered_meanwhile(
         assert [answer.json().get("version") for answer in answers] == ["1.1.0"] * 8
         now_in_production = server.post("/api/v1/classifier/predict?status=production", json=customer).json()
         assert now_in_production["version"] == "1.0.0"
+
+
+# --- rollback_production --------------------------------------------------------------------------------------------
+def test_production_goes_back_by_a_command_that_records_who_and_why(algorithms):
+    lifecycle.set_status(algorithms["decision_tree"], "production", by="ann", now=timezone.now())
+
+    shown = run("rollback_production", "classifier", "--reason", "too coarse")
+
+    assert shown == "classifier: random forest 1.0.0 is in production again; decision tree 1.0.0 moved to testing.\n"
+    given_back = algorithms["random_forest"].statuses.get(active=True)
+    assert (given_back.status, given_back.reason, given_back.is_rollback) == ("production", "too coarse", True)
+    assert given_back.created_by == who()
+
+
+def test_where_nothing_is_in_production_the_command_names_nobody_who_moved(algorithms):
+    lifecycle.set_status(algorithms["random_forest"], "testing", by="ann", now=timezone.now())
+
+    assert run("rollback_production", "classifier") == "classifier: random forest 1.0.0 is in production again.\n"
+
+
+def test_a_rollback_that_is_refused_says_why(algorithms, artifacts_dir, settings):
+    assert "has had no other production algorithm" in refused("rollback_production", "classifier")
+    assert refused("rollback_production", "shop") == "There is no endpoint 'shop'; there are: classifier."
+
+    lifecycle.set_status(algorithms["decision_tree"], "production", by="ann", now=timezone.now())
+    settings.ML_ARTIFACTS_DIR = artifacts_dir
+    (artifacts_dir / "1.0.0/random_forest.joblib").unlink()
+    assert "random forest 1.0.0, which endpoint classifier would go back to, cannot answer" in refused(
+        "rollback_production", "classifier"
+    )
+    assert status_of(algorithms["decision_tree"]) == "production"
 
 
 # --- purge_requests -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from apps.endpoints import batch_jobs, prediction
 from apps.endpoints.abtests import ABTestError
 from apps.endpoints.csv_file import BadRows, BatchError
 from apps.endpoints.feedback import UnknownOutcome
-from apps.endpoints.lifecycle import LifecycleError, TestRunning
+from apps.endpoints.lifecycle import LifecycleError, NoWayBack, TestRunning
 from apps.ml.schema import InputError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ HTTP_STATUS: list[tuple[type[Exception], int]] = [
     (batch_jobs.Gone, status.HTTP_410_GONE),
     (batch_jobs.JobError, status.HTTP_409_CONFLICT),
     (TestRunning, status.HTTP_409_CONFLICT),
+    (NoWayBack, status.HTTP_409_CONFLICT),
     (LifecycleError, status.HTTP_400_BAD_REQUEST),
     (ABTestError, status.HTTP_400_BAD_REQUEST),
     (UnknownOutcome, status.HTTP_400_BAD_REQUEST),

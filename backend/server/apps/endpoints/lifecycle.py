@@ -1,4 +1,4 @@
-"""The life of an algorithm: registered, moved between statuses, retired. Locked and recorded.
+"""The life of an algorithm: registered, moved between statuses, rolled back, retired. Locked and recorded.
 
 Every change locks the endpoint's row first, so two changes on one endpoint happen one after the other.
 """
@@ -22,6 +22,10 @@ class LifecycleError(Exception):
 
 class TestRunning(LifecycleError):
     """The change would reach into a running A/B test."""
+
+
+class NoWayBack(LifecycleError):
+    """Production cannot go back to what it was."""
 
 
 def lock(endpoint_id: int) -> Endpoint:
@@ -55,7 +59,7 @@ def register(
     return algorithm
 
 
-def set_status(algorithm: MLAlgorithm, status: str, *, by: str, now: datetime) -> MLAlgorithmStatus:
+def set_status(algorithm: MLAlgorithm, status: str, *, by: str, now: datetime, reason: str = "") -> MLAlgorithmStatus:
     """Give an algorithm a status; promoting moves the former production algorithm to staging.
 
     Raises LifecycleError for a status that cannot be set, TestRunning while an A/B test forbids it.
@@ -63,32 +67,72 @@ def set_status(algorithm: MLAlgorithm, status: str, *, by: str, now: datetime) -
     _check_settable(status)
     with transaction.atomic():
         lock(algorithm.parent_endpoint_id)
-        test = ABTest.objects.running().filter(parent_endpoint_id=algorithm.parent_endpoint_id).first()
+        test = _running_test(algorithm.parent_endpoint_id)
         if test and (algorithm.pk in test.arm_ids or status == Status.PRODUCTION):
-            raise TestRunning(
-                f"A/B test {test.pk} ({test.title}) is running on this endpoint: "
-                f"stop it first with POST /api/v1/stop_ab_test/{test.pk}."
-            )
+            raise TestRunning(_stop_it_first(test))
         return (
-            promote(algorithm, by=by, now=now)
+            promote(algorithm, by=by, now=now, reason=reason)
             if status == Status.PRODUCTION
-            else move(algorithm, status, by=by, now=now)
+            else move(algorithm, status, by=by, now=now, reason=reason)
         )
 
 
-def promote(algorithm: MLAlgorithm, *, by: str, now: datetime) -> MLAlgorithmStatus:
+def promote(algorithm: MLAlgorithm, *, by: str, now: datetime, reason: str = "") -> MLAlgorithmStatus:
     """Put an algorithm in production, and the former one in staging. The caller holds the lock."""
     former = in_production(algorithm.parent_endpoint_id)
     if former and former.pk != algorithm.pk:
         move(former, Status.STAGING, by=by, now=now)
-    return move(algorithm, Status.PRODUCTION, by=by, now=now)
+    return move(algorithm, Status.PRODUCTION, by=by, now=now, reason=reason)
 
 
-def move(algorithm: MLAlgorithm, status: str, *, by: str, now: datetime) -> MLAlgorithmStatus:
+def former_production(endpoint: Endpoint) -> MLAlgorithm:
+    """The algorithm that a rollback gives production to: the one that was promoted before the present one.
+
+    If none is in production now, that is the one that was last. Raises TestRunning and NoWayBack.
+    """
+    test = _running_test(endpoint.pk)
+    if test:
+        raise TestRunning(_stop_it_first(test))
+    promoted = _promoted(endpoint.pk)
+    if in_production(endpoint.pk):
+        promoted.pop()
+    if not promoted:
+        raise NoWayBack(
+            f"Endpoint {endpoint} has had no other production algorithm: there is nothing to go back to. "
+            "Promote an algorithm instead."
+        )
+    former = MLAlgorithm.objects.with_current_status().get(pk=promoted[-1])
+    if former.current_status == Status.RETIRED:
+        raise NoWayBack(
+            f"{former}, which endpoint {endpoint} would go back to, is retired: give it another status first, "
+            "or promote another algorithm instead."
+        )
+    return former
+
+
+def give_back(former: MLAlgorithm, *, by: str, now: datetime, reason: str) -> MLAlgorithmStatus:
+    """Put a former production algorithm back in production, and the present one in testing.
+
+    The caller holds the lock, under which `former_production` named it.
+    """
+    present = in_production(former.parent_endpoint_id)
+    if present:
+        move(present, Status.TESTING, by=by, now=now, reason=reason)
+    return move(former, Status.PRODUCTION, by=by, now=now, reason=reason, is_rollback=True)
+
+
+def move(
+    algorithm: MLAlgorithm, status: str, *, by: str, now: datetime, reason: str = "", is_rollback: bool = False
+) -> MLAlgorithmStatus:
     """Add a status and make it the only active one. The caller holds the lock."""
     algorithm.statuses.active().update(active=False)
     return algorithm.statuses.create(
-        status=status, created_by=by, created_at=now, parent_endpoint_id=algorithm.parent_endpoint_id
+        status=status,
+        created_by=by,
+        created_at=now,
+        reason=reason,
+        is_rollback=is_rollback,
+        parent_endpoint_id=algorithm.parent_endpoint_id,
     )
 
 
@@ -102,3 +146,30 @@ def in_production(endpoint_id: int) -> MLAlgorithm | None:
 def _check_settable(status: str) -> None:
     if status not in SETTABLE:
         raise LifecycleError(f"status must be one of {', '.join(SETTABLE)}, not {status!r}.")
+
+
+def _promoted(endpoint_id: int) -> list[int]:
+    """The ids of an endpoint's production algorithms, each promoted after the one before it, but for undone promotions.
+
+    A status of the algorithm that held production already is no promotion: an A/B test may give one back.
+    """
+    promoted: list[int] = []
+    steps = MLAlgorithmStatus.objects.filter(parent_endpoint_id=endpoint_id, status=Status.PRODUCTION).order_by("id")
+    for algorithm_id, is_rollback in steps.values_list("parent_mlalgorithm_id", "is_rollback"):
+        if is_rollback:
+            while promoted[-1] != algorithm_id:
+                promoted.pop()
+        elif promoted[-1:] != [algorithm_id]:
+            promoted.append(algorithm_id)
+    return promoted
+
+
+def _running_test(endpoint_id: int) -> ABTest | None:
+    return ABTest.objects.running().filter(parent_endpoint_id=endpoint_id).first()
+
+
+def _stop_it_first(test: ABTest) -> str:
+    return (
+        f"A/B test {test.pk} ({test.title}) is running on this endpoint: "
+        f"stop it first with POST /api/v1/stop_ab_test/{test.pk}."
+    )

@@ -28,6 +28,7 @@ from apps.ml.schema import spelled
 
 ANONYMOUS = "anonymous"
 MAX_IDEMPOTENCY_KEY = 200
+MAX_REASON = 2_000
 # A larger file is not held in memory, which takes ten times as much.
 MOST_BYTES_AT_ONCE = 20 * 2**20
 
@@ -62,16 +63,34 @@ class CreatedByField(serializers.CharField):
         return user.get_username() if user else super().run_validation(data)
 
 
+class ReasonField(serializers.CharField):
+    """Why somebody did it, for those who read the history."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(max_length=MAX_REASON, required=False, default="", allow_blank=True, **kwargs)
+
+
 class MLAlgorithmStatusSerializer(serializers.ModelSerializer):
     status = serializers.CharField(max_length=128, help_text="testing, staging, production or retired")
     created_by = CreatedByField()
+    reason = ReasonField()
 
     class Meta:
         model = MLAlgorithmStatus
-        fields = ["id", "status", "active", "created_by", "created_at", "parent_mlalgorithm"]
-        read_only_fields = ["id", "active", "created_at"]
+        fields = [
+            *("id", "status", "active", "created_by", "created_at", "reason", "is_rollback"),
+            "parent_mlalgorithm",
+        ]
+        read_only_fields = ["id", "active", "created_at", "is_rollback"]
         extra_kwargs = {"parent_mlalgorithm": {"pk_field": serializers.IntegerField()}}
         validators: list[object] = []  # `lifecycle` judges, under a lock
+
+
+class RollbackSerializer(serializers.Serializer):
+    """Who gives production back, and why."""
+
+    reason = ReasonField()
+    created_by = CreatedByField()
 
 
 class MLRequestSerializer(serializers.ModelSerializer):

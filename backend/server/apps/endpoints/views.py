@@ -30,7 +30,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction
+from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction, production
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
 from apps.endpoints.filters import AlgorithmFilter, BatchJobFilter, NewestFirst, RequestFilter, StatusFilter
 from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
@@ -57,6 +57,7 @@ from apps.endpoints.serializers import (
     MLAlgorithmSerializer,
     MLAlgorithmStatusSerializer,
     MLRequestSerializer,
+    RollbackSerializer,
     StoppedABTestSerializer,
     StopSerializer,
     WantedSerializer,
@@ -144,6 +145,24 @@ class EndpointViewSet(Api, viewsets.ReadOnlyModelViewSet):
     queryset = Endpoint.objects.order_by("id")
     serializer_class = EndpointSerializer
 
+    @extend_schema(
+        request=RollbackSerializer,
+        responses={
+            201: MLAlgorithmStatusSerializer,
+            400: BAD_REQUEST,
+            404: ErrorSerializer,
+            409: OpenApiResponse(ErrorSerializer, description="There is no way back, and why."),
+        },
+    )
+    @action(detail=True, methods=["post"], permission_classes=[TokenUnlessDebug, WritesNeedStatusPermission])
+    def rollback(self, request: Request, pk: str) -> Response:
+        """Give production back to the algorithm that was promoted before; the present one goes to testing."""
+        serializer = RollbackSerializer(data=request.data, context=self.get_serializer_context())
+        serializer.is_valid(raise_exception=True)
+        told = serializer.validated_data
+        done = production.roll_back(self.get_object(), by=told["created_by"], now=timezone.now(), reason=told["reason"])
+        return Response(MLAlgorithmStatusSerializer(done.step).data, status=201)
+
 
 class MLAlgorithmViewSet(Api, viewsets.ReadOnlyModelViewSet):
     """Every registered model, with its present status and its scores on held-out customers."""
@@ -174,7 +193,11 @@ class MLAlgorithmStatusViewSet(AddOnly):
     def perform_create(self, serializer: MLAlgorithmStatusSerializer) -> None:
         data = serializer.validated_data
         serializer.instance = lifecycle.set_status(
-            data["parent_mlalgorithm"], data["status"], by=data["created_by"], now=timezone.now()
+            data["parent_mlalgorithm"],
+            data["status"],
+            by=data["created_by"],
+            now=timezone.now(),
+            reason=data["reason"],
         )
 
 

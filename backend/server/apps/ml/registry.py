@@ -195,18 +195,16 @@ class MLRegistry:
             with self._filling:
                 classifier = self.endpoints.get(algorithm.pk) or self._construct(algorithm)
                 self._keep(algorithm, classifier)
-        registered = (algorithm.artifact_sha256, algorithm.schema_sha256)
         try:
-            if (classifier.artifact_sha256, classifier.schema.sha256) != registered:
-                raise ArtifactError(
-                    f"The artifact of {algorithm} is not the one that was registered: "
-                    "restore it, or retire the algorithm and register a new version."
-                )
-            classifier.load()
+            _load(classifier, algorithm)
         except ArtifactError:
             self.endpoints.pop(algorithm.pk, None)  # so that a repaired run is found without a restart
             raise
         return classifier
+
+    def check(self, algorithm: MLAlgorithm) -> None:
+        """Load a row's artifact anew, as another process would have to. Raises ArtifactError."""
+        _load(self._construct(algorithm), algorithm)
 
     def warm(self) -> dict[MLAlgorithm, ArtifactError]:
         """Load all that is served; a model that cannot be loaded stops nothing but itself, and is returned.
@@ -244,6 +242,16 @@ class MLRegistry:
             if classifier_class.algorithm == algorithm.key:
                 return classifier_class(algorithm.artifact.split("/")[0], settings.ML_ARTIFACTS_DIR)
         raise ArtifactError(f"No class answers for {algorithm.key!r}; is its line missing in apps/ml/registry.py?")
+
+
+def _load(classifier: RetentionClassifier, algorithm: MLAlgorithm) -> None:
+    registered = (algorithm.artifact_sha256, algorithm.schema_sha256)
+    if (classifier.artifact_sha256, classifier.schema.sha256) != registered:
+        raise ArtifactError(
+            f"The artifact of {algorithm} is not the one that was registered: "
+            "restore it, or retire the algorithm and register a new version."
+        )
+    classifier.load()
 
 
 registry = MLRegistry()

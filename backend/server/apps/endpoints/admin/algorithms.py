@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,9 +21,11 @@ from unfold.admin import ModelAdmin
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, DropdownFilter, RelatedDropdownFilter
 from unfold.decorators import action
 from unfold.enums import ActionVariant
+from unfold.forms import BaseDialogForm
 from unfold.views import ChangeList
+from unfold.widgets import UnfoldAdminTextareaWidget
 
-from apps.endpoints import lifecycle
+from apps.endpoints import lifecycle, production
 from apps.endpoints.admin.history import (
     DayFilter,
     HistoryAdmin,
@@ -87,6 +90,10 @@ def score(scores: dict[str, Any], name: str) -> str:
     return f"{scores[name]['value']:.3f}" if name in scores else ""
 
 
+def why(step: MLAlgorithmStatus) -> str:
+    return ": ".join(filter(None, ["Rollback" if step.is_rollback else "", step.reason]))
+
+
 def breakable(text: str) -> SafeString:
     """Long text without spaces, made to fit a narrow screen."""
     return format_html('<span style="overflow-wrap: anywhere">{}</span>', text)
@@ -146,6 +153,14 @@ def overview(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def way_back(endpoint: Endpoint) -> str:
+    """Who would answer production requests after a rollback, or why nobody else would."""
+    try:
+        return str(lifecycle.former_production(endpoint))
+    except LifecycleError as error:
+        return str(error)
+
+
 class CurrentStatusFilter(DropdownFilter):
     title = "current status"
     parameter_name = "current_status"
@@ -160,11 +175,15 @@ class CurrentStatusFilter(DropdownFilter):
 class StatusInline(HistoryInline):
     model = MLAlgorithmStatus
     verbose_name_plural = "Status history"
-    fields = readonly_fields = ("state", "created_by", "created_at")
+    fields = readonly_fields = ("state", "created_by", "created_at", "why")
 
     @admin.display(description="Status")
     def state(self, step: MLAlgorithmStatus) -> SafeString:
         return status_badge(step.status)
+
+    @admin.display(description="Why")
+    def why(self, step: MLAlgorithmStatus) -> str:
+        return why(step)
 
 
 class AlgorithmChangeList(ChangeList):
@@ -173,11 +192,22 @@ class AlgorithmChangeList(ChangeList):
         self.result_list = with_last_week(self.result_list)
 
 
+class RollbackForm(BaseDialogForm):
+    reason = forms.CharField(required=False, max_length=2_000, widget=UnfoldAdminTextareaWidget({"rows": 3}))
+
+    def render_before_template(self) -> str:
+        with suppress(ValueError):  # the address may hold anything
+            for endpoint in Endpoint.objects.filter(pk=self.object_id):
+                return format_html('<p class="mb-4">Back to: {}</p>', way_back(endpoint))
+        return ""
+
+
 @admin.register(Endpoint)
 class EndpointAdmin(HistoryAdmin):
     list_display = ("name", "production", "owner", "created_at")
-    list_display_links = None
     ordering = ("name",)
+    actions_row = actions_detail = ("roll_back",)
+    fields = readonly_fields = ("name", "production", "before", "owner", "created_at")
 
     def get_queryset(self, request: HttpRequest) -> QuerySet:
         return with_production(super().get_queryset(request))
@@ -185,6 +215,37 @@ class EndpointAdmin(HistoryAdmin):
     @admin.display(description="Production algorithm")
     def production(self, endpoint: Endpoint) -> SafeString | str:
         return production_of(endpoint)
+
+    @admin.display(description="A rollback goes back to")
+    def before(self, endpoint: Endpoint) -> str:
+        return way_back(endpoint)
+
+    def has_set_status_permission(self, request: HttpRequest, obj: object = None) -> bool:
+        return request.user.has_perm("endpoints.add_mlalgorithmstatus")
+
+    @action(
+        description="Roll back production",
+        permissions=("set_status",),
+        icon="undo",
+        variant=ActionVariant.DANGER,
+        dialog=dialog(
+            "Roll back production?",
+            "From now on the algorithm that was promoted before answers the endpoint's production requests, if it can "
+            "be loaded. The one that answers them now moves to testing.",
+            "Roll back",
+            RollbackForm,
+        ),
+    )
+    def roll_back(self, request: HttpRequest, form: forms.Form, object_id: str) -> HttpResponse:
+        endpoint = self.existing(request, object_id)
+        by, reason = request.user.get_username(), form.cleaned_data["reason"]
+        try:
+            rolled_back = production.roll_back(endpoint, by=by, now=timezone.now(), reason=reason)
+        except LifecycleError as error:
+            messages.error(request, str(error))
+        else:
+            messages.success(request, str(rolled_back))
+        return done()
 
 
 @admin.register(MLAlgorithm)
@@ -334,7 +395,7 @@ class MLAlgorithmAdmin(HistoryAdmin):
 
 @admin.register(MLAlgorithmStatus)
 class MLAlgorithmStatusAdmin(HistoryAdmin):
-    list_display = ("state", "parent_mlalgorithm", "endpoint", "holds", "created_by", "created_at")
+    list_display = ("state", "parent_mlalgorithm", "endpoint", "holds", "created_by", "created_at", "why")
     list_display_links = None
     list_filter = (
         ("status", ChoicesDropdownFilter),
@@ -350,6 +411,10 @@ class MLAlgorithmStatusAdmin(HistoryAdmin):
     @admin.display(description="Endpoint", ordering="parent_endpoint__name")
     def endpoint(self, step: MLAlgorithmStatus) -> Endpoint:
         return step.parent_endpoint
+
+    @admin.display(description="Why")
+    def why(self, step: MLAlgorithmStatus) -> str:
+        return why(step)
 
     @admin.display(description="Holds now", ordering="active")
     def holds(self, step: MLAlgorithmStatus) -> str | None:

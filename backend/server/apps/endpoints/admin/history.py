@@ -17,6 +17,7 @@ from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.contrib.filters.admin import RangeDateFilter
 from unfold.dataclasses import ActionDialog
+from unfold.forms import BaseDialogForm
 from unfold.utils import parse_date_str
 
 
@@ -101,9 +102,9 @@ class DayFilter(RangeDateFilter):
         return queryset
 
 
-def dialog(title: str, description: str, submit: str) -> ActionDialog:
+def dialog(title: str, description: str, submit: str, form_class: type[BaseDialogForm] | None = None) -> ActionDialog:
     """What is asked before something is done."""
-    return ActionDialog(title=title, description=description, form_class=None, form_submit_text=submit)
+    return ActionDialog(title=title, description=description, form_class=form_class, form_submit_text=submit)
 
 
 def done() -> HttpResponse:

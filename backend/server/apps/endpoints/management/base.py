@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import getpass
+import os
 from typing import Any
 
 from django.core.management.base import BaseCommand as DjangoCommand
@@ -18,3 +20,11 @@ class BaseCommand(DjangoCommand):
                 f"The database does not answer as it should: {str(error).strip()}. "
                 "If it is new, prepare it with `python manage.py migrate`."
             ) from error
+
+
+def who() -> str:
+    """The user of this machine who runs the command."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return str(os.getuid())

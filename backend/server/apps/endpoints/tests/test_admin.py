@@ -65,11 +65,11 @@ def said_by(response) -> list[str]:
     return [str(message) for message in get_messages(response.wsgi_request)]
 
 
-def confirm(client: Client, model: str, row: object, action: str):
+def confirm(client: Client, model: str, row: object, action: str, **told: str):
     """Press a button and confirm its dialog."""
     asked = client.get(page(model, row, action))
     assert asked.status_code == 200
-    return client.post(page(model, row, action), {"_form_submitted": "True"})
+    return client.post(page(model, row, action), {"_form_submitted": "True", **told})
 
 
 def log(algorithm: MLAlgorithm, count: int = 1, **fields) -> list[MLRequest]:
@@ -237,6 +237,73 @@ def test_status_history_is_filtered_by_status_algorithm_and_day(admin_client, al
     assert [(row["created_by"], row["created_at"], row["holds"]) for row in by_day] == [
         ("sam", "2025-03-01 12:00:00", "yes")
     ]
+
+
+# --- Going back -------------------------------------------------------------------------------------------
+@pytest.fixture
+def promoted(algorithms):
+    """The algorithms, by key, after the extra trees were promoted in place of the random forest."""
+    lifecycle.set_status(algorithms["extra_trees"], "production", by="sam", now=timezone.now())
+    return algorithms
+
+
+def test_the_page_of_an_endpoint_and_the_dialog_show_what_production_would_go_back_to(admin_client, promoted):
+    endpoint = promoted["extra_trees"].parent_endpoint
+
+    text = text_of(admin_client.get(page("endpoint", endpoint)))
+    asked = text_of(admin_client.get(page("endpoint", endpoint, "roll_back")))
+
+    assert "Production algorithm extra trees 1.0.0 A rollback goes back to random forest 1.0.0" in text
+    assert "The one that answers them now moves to testing. Back to: random forest 1.0.0" in asked
+    assert status_of(promoted["extra_trees"]) == "production"
+
+
+def test_production_goes_back_and_the_histories_say_who_and_why(admin_client, promoted):
+    endpoint = promoted["extra_trees"].parent_endpoint
+
+    response = confirm(admin_client, "endpoint", endpoint, "roll_back", reason="Too many vouchers")
+
+    assert said_by(response) == ["random forest 1.0.0 is in production again; extra trees 1.0.0 moved to testing."]
+    assert (status_of(promoted["random_forest"]), status_of(promoted["extra_trees"])) == ("production", "testing")
+    back, away, *_ = rows_of(admin_client.get(page("mlalgorithmstatus")))
+    assert (back["parent_mlalgorithm"], back["created_by"], back["why"]) == (
+        *("random forest 1.0.0", "admin", "Rollback: Too many vouchers"),
+    )
+    assert (away["parent_mlalgorithm"], away["state"], away["why"]) == (
+        *("extra trees 1.0.0", "Testing", "Too many vouchers"),
+    )
+    assert "Rollback: Too many vouchers" in text_of(admin_client.get(page("mlalgorithm", promoted["random_forest"])))
+
+
+def test_where_there_is_no_way_back_the_page_and_the_button_say_why(admin_client, algorithms):
+    endpoint = algorithms["extra_trees"].parent_endpoint
+    why = "Endpoint classifier has had no other production algorithm: there is nothing to go back to."
+
+    assert why in text_of(admin_client.get(page("endpoint", endpoint)))
+    assert why in said_by(confirm(admin_client, "endpoint", endpoint, "roll_back"))[0]
+    assert status_of(algorithms["random_forest"]) == "production"
+
+
+def test_going_back_needs_the_permission_that_the_api_asks_for(staff, promoted):
+    client = staff("view_endpoint")
+    endpoint = promoted["extra_trees"].parent_endpoint
+
+    assert "Roll back" not in text_of(client.get(page("endpoint", endpoint)))
+    assert client.post(page("endpoint", endpoint, "roll_back"), {"_form_submitted": "True"}).status_code == 403
+    assert status_of(promoted["extra_trees"]) == "production"
+
+    user = User.objects.get(username="sam")
+    user.user_permissions.add(Permission.objects.get(codename="add_mlalgorithmstatus"))
+    assert "Roll back" in text_of(client.get(page("endpoint", endpoint)))
+    confirm(client, "endpoint", endpoint, "roll_back")
+    assert promoted["random_forest"].statuses.latest("id").created_by == "sam"
+
+
+def test_an_endpoint_that_does_not_exist_cannot_go_back(admin_client, db):
+    for key in ("7", "x", "9" * 30):
+        url = f"/admin/endpoints/endpoint/{key}/roll_back/"
+        assert "Back to" not in text_of(admin_client.get(url))
+        assert admin_client.post(url, {"_form_submitted": 1}).status_code == 404
 
 
 # --- Requests ---------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Many clients start and stop A/B tests at once on a real server of several processes, on SQLite and PostgreSQL."""
+"""Many clients start and stop A/B tests, promote and roll back at once on a real server of several processes.
+
+On SQLite and PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,9 @@ class Client:
     def move(self, key: str, status: str) -> requests.Response:
         body = {"status": status, "parent_mlalgorithm": self.ids[key]}
         return self.server.post("/api/v1/mlalgorithmstatuses", json=body)
+
+    def roll_back(self) -> requests.Response:
+        return self.server.post(f"/api/v1/endpoints/{self.get('endpoints')[0]['id']}/rollback")
 
     def begin(self, first: str, second: str) -> requests.Response:
         body = {"title": "T", "parent_mlalgorithm_1": self.ids[first], "parent_mlalgorithm_2": self.ids[second]}
@@ -121,6 +127,50 @@ def test_a_start_and_a_promotion_at_once_happen_one_after_the_other(client):
         assert client.stop(started.json()["id"]).status_code == 200
         holder = "random_forest" if promoted.status_code == 409 else "decision_tree"
         assert client.statuses()[holder] == "production"
+        assert client.move("random_forest", "production").status_code == 201
+
+
+def test_of_many_clients_rolling_back_each_goes_one_promotion_further(client):
+    for key in ("extra_trees", "decision_tree", "random_forest", "extra_trees"):
+        assert client.move(key, "production").status_code == 201
+
+    responses = all_at_once([client.roll_back] * 3)
+
+    assert [response.status_code for response in responses] == [201] * 3
+    by_key = {number: key for key, number in client.ids.items()}
+    in_order = sorted((response.json() for response in responses), key=lambda step: step["id"])
+    given_back = [by_key[step["parent_mlalgorithm"]] for step in in_order]
+    assert given_back == ["random_forest", "decision_tree", "extra_trees"]
+    assert client.statuses() == {"random_forest": "testing", "extra_trees": "production", "decision_tree": "testing"}
+
+
+def test_a_rollback_and_a_promotion_at_once_happen_one_after_the_other(client):
+    for _ in range(5):
+        for key in ("random_forest", "extra_trees"):
+            assert client.move(key, "production").status_code == 201
+
+        back, promoted = all_at_once([client.roll_back, lambda: client.move("decision_tree", "production")])
+
+        assert (back.status_code, promoted.status_code) == (201, 201)
+        # Either the promotion of the extra trees was undone before the tree came, or the tree's own was.
+        undone_first = back.json()["id"] < promoted.json()["id"]
+        holder, former = ("decision_tree", "random_forest") if undone_first else ("extra_trees", "extra_trees")
+        assert back.json()["parent_mlalgorithm"] == client.ids[former]
+        assert [key for key, status in client.statuses().items() if status == "production"] == [holder]
+        answers = {client.predict().json()["algorithm"] for _ in range(6)}
+        assert answers == {holder.replace("_", " ")}
+
+
+def test_a_rollback_and_the_start_of_a_test_at_once_leave_one_to_answer(client):
+    for _ in range(5):
+        assert client.move("extra_trees", "production").status_code == 201
+
+        back, started = all_at_once([client.roll_back, lambda: client.begin("extra_trees", "decision_tree")])
+
+        assert (back.status_code, started.status_code) in {(201, 201), (409, 201)}
+        assert client.stop(started.json()["id"]).status_code == 200
+        holder = "random_forest" if back.status_code == 201 else "extra_trees"
+        assert [key for key, status in client.statuses().items() if status == "production"] == [holder]
         assert client.move("random_forest", "production").status_code == 201
 
 

@@ -52,6 +52,7 @@ class TestTheDescription:
         assert calls == {
             ("GET", "/api/v1/endpoints"),
             ("GET", "/api/v1/endpoints/{id}"),
+            ("POST", "/api/v1/endpoints/{id}/rollback"),
             ("GET", "/api/v1/mlalgorithms"),
             ("GET", "/api/v1/mlalgorithms/{id}"),
             ("GET", "/api/v1/mlalgorithmstatuses"),
@@ -156,6 +157,7 @@ def existing(api, algorithms, customer) -> dict[str, int | str]:
         "/api/v1/batch-jobs/{id}/result": job,
         "/api/v1/batch-jobs/{id}/errors": job,
         "/api/v1/endpoints/{id}": forest.parent_endpoint_id,
+        "/api/v1/endpoints/{id}/rollback": forest.parent_endpoint_id,
         "/api/v1/mlalgorithms/{id}": forest.pk,
         "/api/v1/mlalgorithmstatuses/{id}": forest.statuses.get(active=True).pk,
         "/api/v1/mlrequests/{id}": answer["request_id"],

@@ -58,7 +58,10 @@ class TestMoving:
 
         assert response.status_code == 201
         posted = response.json()
-        assert set(posted) == {"id", "status", "active", "created_by", "created_at", "parent_mlalgorithm"}
+        assert set(posted) == {
+            *("id", "status", "active", "created_by", "created_at", "reason", "is_rollback", "parent_mlalgorithm"),
+        }
+        assert (posted["reason"], posted["is_rollback"]) == ("", False)
         assert (posted["status"], posted["active"], posted["created_by"]) == (status, True, "Ada")
         active = algorithms["decision_tree"].statuses.filter(active=True)
         assert [entry.pk for entry in active] == [posted["id"]]
@@ -114,6 +117,21 @@ class TestMoving:
         response = api.post(STATUSES, {"status": "staging", "parent_mlalgorithm": algorithms["decision_tree"].pk})
 
         assert response.json()["created_by"] == "anonymous"
+
+    @pytest.mark.parametrize("status", ["staging", "production"])
+    def test_a_reason_is_kept_with_the_status(self, api, algorithms, status):
+        body = {"status": status, "reason": "Ada asked for it", "parent_mlalgorithm": algorithms["decision_tree"].pk}
+
+        posted = api.post(STATUSES, body).json()
+
+        assert posted["reason"] == "Ada asked for it"
+        assert api.get(f"{STATUSES}/{posted['id']}").json() == posted
+        assert MLAlgorithmStatus.objects.exclude(reason="").count() == 1
+
+    def test_what_comes_back_to_production_by_a_promotion_is_no_rollback(self, api, algorithms):
+        body = {"status": "production", "is_rollback": True, "parent_mlalgorithm": algorithms["decision_tree"].pk}
+
+        assert api.post(STATUSES, body).json()["is_rollback"] is False
 
 
 class TestRetiring:
@@ -244,6 +262,16 @@ class TestWhatIsRefused:
 
         refused(response)
         assert response.json()["errors"][0]["field"] == "created_by"
+
+    @pytest.mark.parametrize("reason", ["x" * 2001, "\x00", None, [], {}])
+    def test_a_reason_that_can_be_none(self, api, algorithms, reason):
+        response = api.post(
+            STATUSES,
+            {"status": "staging", "reason": reason, "parent_mlalgorithm": algorithms["decision_tree"].pk},
+        )
+
+        refused(response)
+        assert response.json()["errors"][0]["field"] == "reason"
 
 
 class TestDuringATest:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import getpass
-import os
 import sys
 from datetime import datetime, time
 from typing import Any
@@ -13,7 +11,7 @@ from django.utils.dateparse import parse_date, parse_datetime
 from tqdm import tqdm
 
 from apps.endpoints import purge
-from apps.endpoints.management.base import BaseCommand
+from apps.endpoints.management.base import BaseCommand, who
 
 log = structlog.get_logger("purge")
 
@@ -74,7 +72,7 @@ class Command(BaseCommand):
         finally:
             log.info(
                 "requests purged",
-                by=_who(),
+                by=who(),
                 requests=deleted,
                 feedback_changes=changes,
                 before=before and before.isoformat(),
@@ -96,10 +94,3 @@ def _moment(text: str) -> datetime:
         )
     # Nothing is purged that is logged from now on.
     return min(moment if timezone.is_aware(moment) else timezone.make_aware(moment), timezone.now())
-
-
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
-        return str(os.getuid())
