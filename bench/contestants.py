@@ -39,13 +39,17 @@ def served(application: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command that serves on a port of 127.0.0.1. stored: how many answers its database holds, where it has one."""
+    """A command that serves on a port of 127.0.0.1.
+
+    count: what its database counts, where it has one. stored: how many answers that holds.
+    """
 
     command: list[str]
     environment: dict[str, str]
     folder: Path
     headers: dict[str, str] = field(default_factory=dict)
     stored: Callable[[], int] | None = None
+    count: Callable[[str], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def production(port: int, **more: str) -> dict[str, str]:
     )
 
 
-def _manage(environment: Mapping[str, str], *arguments: str) -> str:
+def manage(environment: Mapping[str, str], *arguments: str) -> str:
     command = [sys.executable, str(BACKEND / "manage.py"), *arguments]
     done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -186,14 +190,15 @@ def _manage(environment: Mapping[str, str], *arguments: str) -> str:
 
 def _product(subject: Subject, port: int, database_url: str, count: Callable[[str], int], **settings: str) -> Launch:
     environment = production(port, DATABASE_URL=database_url, ML_ARTIFACTS_DIR=str(subject.artifacts), **settings)
-    _manage(environment, "migrate", "--verbosity", "0")
-    token = _manage(environment, "create_token", "bench", "--create-user")
+    manage(environment, "migrate", "--verbosity", "0")
+    token = manage(environment, "create_token", "bench", "--create-user")
     return Launch(
         served("server.wsgi"),
         environment,
         BACKEND,
         headers={"Authorization": f"Token {token}"},
         stored=lambda: count("SELECT count(*) FROM endpoints_mlrequest"),
+        count=count,
     )
 
 

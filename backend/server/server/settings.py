@@ -32,6 +32,7 @@ CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
 # --- The product ------------------------------------------------------------------------------------------
 ML_ARTIFACTS_DIR = default_artifacts_dir()
 ABTEST_POLICY = env.text("ABTEST_POLICY", "accuracy", choices=("accuracy", "evidence"))
+SHADOW_TIMEOUT_MS = env.number("SHADOW_TIMEOUT_MS", default=1_000)
 PREDICT_DEFAULT_STATUS = env.text("PREDICT_DEFAULT_STATUS", "testing", choices=("testing", "staging", "production"))
 MAX_BODY_BYTES = env.number("MAX_BODY_BYTES", default=10 * 2**20)
 BATCH_DIR = env.folder_or_url("BATCH_DIR", default=BASE_DIR / "batches")

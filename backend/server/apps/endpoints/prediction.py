@@ -286,7 +286,7 @@ def _without_a_broken_arm(choice: Choice) -> Choice:
         with suppress(Unavailable):
             classifier_of(algorithm)
             able.append(algorithm)
-    return Choice(able) if len(able) == 1 else choice
+    return Choice(able) if 0 < len(able) < len(choice.algorithms) else choice
 
 
 def _scored(

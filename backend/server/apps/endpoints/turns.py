@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,24 +30,28 @@ LONG = 1.0
 
 T = TypeVar("T")
 
+_threads = threading.Lock()
+
 
 def in_turn(write: Callable[[], T]) -> T:
     """What `write`, a transaction, returns; no other process is in its own turn meanwhile.
 
     Others, who know nothing of turns, may hold the file, and whose turn it is waits for them as SQLite does. Whoever
-    has waited long for a turn goes on without one, so that nobody's patience adds to another's. Threads of one process
-    must not call this at the same time.
+    has waited long for a turn goes on without one, so that nobody's patience adds to another's.
     """
     lock = _lock()
     if lock is None:
         return write()
     began = time.monotonic()
-    try:
-        _change(lock, fcntl.LOCK_EX)
-        if time.monotonic() - began < LONG:
-            return write()
-    finally:
-        _change(lock, fcntl.LOCK_UN)
+    # The lock of the file is one for all threads of a process.
+    if _threads.acquire(timeout=LONG):
+        try:
+            _change(lock, fcntl.LOCK_EX)
+            if time.monotonic() - began < LONG:
+                return write()
+        finally:
+            _change(lock, fcntl.LOCK_UN)
+            _threads.release()
     return write()
 
 
@@ -72,6 +77,12 @@ def _lock() -> int | None:
     return lock
 
 
-# A lock that a process is forked with would be one with its parent's.
+def _forget() -> None:
+    """A lock that a process is forked with would be one with its parent's, or held by a thread that is not there."""
+    global _threads
+    _lock.cache_clear()
+    _threads = threading.Lock()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_lock.cache_clear)
+    os.register_at_fork(after_in_child=_forget)

@@ -11,7 +11,7 @@ from django.core.management.base import CommandParser
 from django.db import DatabaseError, InterfaceError, connection
 from django.utils import timezone
 
-from apps.endpoints import batch_jobs
+from apps.endpoints import batch_jobs, shadow
 from apps.endpoints.management.base import BaseCommand
 from apps.endpoints.models import BatchJob
 
@@ -19,11 +19,16 @@ logger = logging.getLogger("batch_worker")
 
 POLL_SECONDS = 1
 CLEAN_SECONDS = 600
+# How long a challenger may go on with one row when all is to end; what it says then is lost, and asked for again.
+GRACE_SECONDS = 5
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Command(BaseCommand):
-    help = "Score the files of batch jobs, one after the other, until it is told to stop. Start as many as you like."
+    help = (
+        "Score the files of batch jobs, one after the other, and beside them what the challengers of shadow tests have "
+        "to say of the requests that came, until it is told to stop. Start as many as you like."
+    )
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--once", action="store_true", help="Stop when there is nothing to do any more.")
@@ -35,7 +40,14 @@ class Command(BaseCommand):
             threading.Thread(target=_stop_with, args=[parent, stopping], daemon=True).start()
         before = {number: signal.signal(number, lambda *_: stopping.set()) for number in ENDING}
         try:
-            work(stopping, once=once)
+            if once:
+                work(stopping, once=True)
+                follow_shadows(stopping, once=True)
+            else:
+                beside = threading.Thread(target=follow_shadows, args=[stopping], daemon=True)
+                beside.start()
+                work(stopping, once=False)
+                beside.join(GRACE_SECONDS)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -75,3 +87,24 @@ def work(stopping: threading.Event, *, once: bool) -> None:
             if once:
                 raise
         stopping.wait(POLL_SECONDS)
+
+
+def follow_shadows(stopping: threading.Event, *, once: bool = False) -> None:
+    """Let challengers score what came. A database that does not answer is waited for."""
+    follower = shadow.Follower()
+    while not stopping.is_set():
+        try:
+            if follower.follow(timezone.now(), stopping.is_set):
+                continue
+            if once:
+                return
+        except Exception as error:  # whatever it is, a test that runs for weeks is not to stand still
+            if isinstance(error, (DatabaseError, InterfaceError)):
+                logger.error("Shadow tests wait for the database (%s); trying again.", str(error).strip())
+            else:
+                logger.exception("Shadow tests cannot be followed; trying again.")
+            connection.close()
+            if once:
+                raise
+        stopping.wait(POLL_SECONDS)
+    connection.close()
