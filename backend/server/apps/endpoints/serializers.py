@@ -131,6 +131,8 @@ class FeedbackSerializer(serializers.Serializer):
 
 
 class DecisionSerializer(serializers.ModelSerializer):
+    promoted_to = serializers.CharField(read_only=True, help_text="The status that it got; empty if nobody got one.")
+
     class Meta:
         model = Decision
         fields = [
