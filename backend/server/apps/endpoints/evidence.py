@@ -34,6 +34,9 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         return Counts(self.labelled + other.labelled, self.correct + other.correct)
 
+    def without(self, other: Counts) -> Counts:
+        return Counts(self.labelled - other.labelled, self.correct - other.correct)
+
     @property
     def accuracy(self) -> float | None:
         return self.correct / self.labelled if self.labelled else None

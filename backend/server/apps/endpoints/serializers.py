@@ -12,6 +12,7 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.endpoints import batch_jobs, tables
+from apps.endpoints.evidence import EVERYONE, UNTREATED
 from apps.endpoints.models import (
     ABTest,
     BatchJob,
@@ -217,6 +218,139 @@ class ABTestSerializer(serializers.ModelSerializer):
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
         horizon = attrs.pop("horizon", None) or {}
         return {**attrs, **horizon}
+
+
+class Share(serializers.FloatField):
+    """Between 0 and 1; null when there is nothing to divide by."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_null=True, **kwargs)
+
+
+class IntervalField(serializers.ListField):
+    def __init__(self, **kwargs: Any):
+        super().__init__(child=serializers.FloatField(), allow_null=True, min_length=2, max_length=2, **kwargs)
+
+
+class OfBothField(serializers.ListField):
+    """The champion's, then the challenger's."""
+
+    def __init__(self, child: serializers.Field, **kwargs: Any):
+        super().__init__(child=child, min_length=2, max_length=2, **kwargs)
+
+
+class ReportDecisionSerializer(serializers.Serializer):
+    verdict = serializers.ChoiceField(Decision.Verdict.choices)
+    sentence = serializers.CharField()
+    warnings = serializers.ListField(child=serializers.CharField())
+
+
+class TreatmentSerializer(serializers.Serializer):
+    labelled = serializers.IntegerField()
+    accuracy = Share()
+
+
+class LatencySerializer(serializers.Serializer):
+    p50 = serializers.FloatField(required=False)
+    p95 = serializers.FloatField(required=False)
+    p99 = serializers.FloatField(required=False)
+
+
+class CalibrationSerializer(serializers.Serializer):
+    mean_probability = serializers.FloatField()
+    stayed = serializers.FloatField(help_text="Which share of these customers stayed.")
+    customers = serializers.IntegerField()
+
+
+class ArmSerializer(serializers.Serializer):
+    algorithm = serializers.IntegerField()
+    name = serializers.CharField()
+    requests = serializers.IntegerField(help_text="Answered; by a shadow's challenger scored.")
+    failures = serializers.IntegerField(help_text="Requests that the challenger could not score.")
+    customers = serializers.IntegerField()
+    labelled = serializers.IntegerField(help_text="Customers whose outcome is known and counts.")
+    label_rate = Share()
+    accuracy = Share(help_text="On the customers on whom the verdict rests.")
+    accuracy_interval = IntervalField(help_text="Wilson's, for a single look.")
+    treated = TreatmentSerializer()
+    untreated = TreatmentSerializer()
+    positive_share = Share(help_text="Of label 1.")
+    mean_probability = Share()
+    brier = Share()
+    roc_auc = Share()
+    latency_ms = LatencySerializer()
+    calibration = CalibrationSerializer(many=True)
+
+
+class ComparisonSerializer(serializers.Serializer):
+    estimate = serializers.FloatField(allow_null=True, help_text="The challenger's accuracy less the champion's.")
+    interval = IntervalField(help_text="Anytime-valid: it holds however often one looks.")
+    p = serializers.FloatField(help_text="Anytime-valid.")
+    more_labels = serializers.IntegerField(
+        allow_null=True, help_text="About how many more would settle it; null when it is settled, or nobody can say."
+    )
+
+
+class SingleLookSerializer(serializers.Serializer):
+    p = serializers.FloatField(required=False, help_text="McNemar's, of a shadow.")
+    interval = IntervalField(required=False, help_text="Newcombe's, of a split.")
+
+
+class DifferenceSerializer(ComparisonSerializer):
+    single_look = SingleLookSerializer(help_text="What would hold if nobody looked more than once.")
+
+
+class SampleRatioSerializer(serializers.Serializer):
+    customers = OfBothField(serializers.IntegerField())
+    planned = OfBothField(serializers.FloatField())
+    p = serializers.FloatField(help_text="Anytime-valid.")
+    single_look_p = serializers.FloatField(allow_null=True)
+
+
+class LabelRateSerializer(serializers.Serializer):
+    label_rates = OfBothField(Share())
+    p = serializers.FloatField()
+
+
+class ChecksSerializer(serializers.Serializer):
+    sample_ratio = SampleRatioSerializer(allow_null=True, help_text="Whether the arms got customers as planned.")
+    label_rate = LabelRateSerializer(allow_null=True)
+
+
+class PairsSerializer(serializers.Serializer):
+    both = serializers.IntegerField()
+    only_champion = serializers.IntegerField()
+    only_challenger = serializers.IntegerField()
+    neither = serializers.IntegerField()
+
+
+class DaySerializer(serializers.Serializer):
+    """What had accumulated by the end of a day (UTC)."""
+
+    day = serializers.DateField()
+    customers = OfBothField(serializers.IntegerField())
+    labelled = OfBothField(serializers.IntegerField())
+    accuracy = OfBothField(Share())
+    difference = ComparisonSerializer()
+
+
+class ReportSerializer(serializers.Serializer):
+    abtest = serializers.IntegerField()
+    title = serializers.CharField()
+    design = serializers.ChoiceField(ABTest.Design.choices)
+    policy = serializers.ChoiceField(ABTest.Policy.choices)
+    as_of = serializers.DateTimeField()
+    ended_at = serializers.DateTimeField(allow_null=True)
+    decision = ReportDecisionSerializer(help_text="What the evidence says; how a test was ended is told by the test.")
+    judged_on = serializers.ChoiceField([EVERYONE, UNTREATED])
+    treated_share = serializers.FloatField()
+    champion = ArmSerializer()
+    challenger = ArmSerializer()
+    difference = DifferenceSerializer()
+    checks = ChecksSerializer()
+    pairs = PairsSerializer(allow_null=True, help_text="Of a shadow: customers by who was right.")
+    waiting = serializers.IntegerField(help_text="Requests that a shadow's challenger has not scored yet.")
+    days = DaySerializer(many=True)
 
 
 class StopSerializer(serializers.Serializer):

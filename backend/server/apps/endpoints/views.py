@@ -30,7 +30,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction, production
+from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction, production, report
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
 from apps.endpoints.filters import AlgorithmFilter, BatchJobFilter, NewestFirst, RequestFilter, StatusFilter
 from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
@@ -57,6 +57,7 @@ from apps.endpoints.serializers import (
     MLAlgorithmSerializer,
     MLAlgorithmStatusSerializer,
     MLRequestSerializer,
+    ReportSerializer,
     RollbackSerializer,
     StoppedABTestSerializer,
     StopSerializer,
@@ -473,6 +474,12 @@ class ABTestViewSet(AddOnly):
             now=timezone.now(),
             **asked,
         )
+
+    @extend_schema(responses={200: ReportSerializer, 404: ErrorSerializer})
+    @action(detail=True)
+    def report(self, request: Request, pk: str) -> Response:
+        """How a test stands, or how it ended: both arms, whether they can be compared, the decision, day by day."""
+        return Response(ReportSerializer(report.report(self.get_object(), now=timezone.now())).data)
 
 
 class StopABTestView(Api, APIView):

@@ -72,6 +72,7 @@ class TestTheDescription:
             ("GET", "/api/v1/abtests"),
             ("POST", "/api/v1/abtests"),
             ("GET", "/api/v1/abtests/{id}"),
+            ("GET", "/api/v1/abtests/{id}/report"),
             ("POST", "/api/v1/stop_ab_test/{id}"),
         }
 
@@ -162,6 +163,7 @@ def existing(api, algorithms, customer) -> dict[str, int | str]:
         "/api/v1/mlalgorithmstatuses/{id}": forest.statuses.get(active=True).pk,
         "/api/v1/mlrequests/{id}": answer["request_id"],
         "/api/v1/abtests/{id}": test,
+        "/api/v1/abtests/{id}/report": test,
         "/api/v1/stop_ab_test/{id}": test,
     }
 

@@ -1,0 +1,391 @@
+"""GET /api/v1/abtests/{id}/report and what a test is stopped on: a verdict that rests on customers' real outcomes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from django.db import IntegrityError, InternalError, connection, transaction
+from django.utils import timezone
+
+from apps.endpoints import evidence, verdict
+from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLRequest, ShadowAnswer
+from apps.endpoints.statistics import split_difference
+from conftest import status_of
+
+ABTESTS = "/api/v1/abtests"
+BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def champion(algorithms):
+    return algorithms["random_forest"]
+
+
+@pytest.fixture
+def challenger(algorithms):
+    return algorithms["extra_trees"]
+
+
+def begin(api, champion, challenger, **plan) -> ABTest:
+    body = {"title": "T", "parent_mlalgorithm_1": champion.pk, "parent_mlalgorithm_2": challenger.pk, **plan}
+    response = api.post(ABTESTS, {"policy": "evidence", **body})
+    assert response.status_code == 201, response.content
+    ABTest.objects.update(created_at=BEGAN)
+    return ABTest.objects.get(pk=response.json()["id"])
+
+
+def log(
+    test: ABTest, algorithm, count: int, correct: int, *, unknown: int = 0, key: str = "", **more
+) -> list[MLRequest]:
+    """Requests of customers of their own, one a minute, whose outcome came a day later; and some without one."""
+    start = MLRequest.objects.count()
+    rows = []
+    for number in range(count + unknown):
+        asked = BEGAN + timedelta(minutes=start + number)
+        is_known = number < count
+        rows.append(
+            MLRequest(
+                **{
+                    "input_data": {},
+                    "full_response": {},
+                    "response": "1",
+                    "probability": 0.8,
+                    "feedback": ("1" if number < correct else "0") if is_known else None,
+                    "labelled_at": asked + timedelta(days=1) if is_known else None,
+                    "created_at": asked,
+                    "latency_ms": 1.0 + number % 100,
+                    "customer_key": f"{algorithm.key}-{start + number}",
+                    "parent_mlalgorithm": algorithm,
+                    "abtest": test,
+                    **more,
+                }
+            )
+        )
+    return MLRequest.objects.bulk_create(rows)
+
+
+def shadow(requests: list[MLRequest], test: ABTest, right: int) -> None:
+    """The challenger's answers: right for the first so many."""
+    for number, request in enumerate(requests):
+        label = request.feedback if number < right else "10"[int(request.feedback)]
+        ShadowAnswer.objects.create(request=request, abtest=test, response=label, probability=0.7, latency_ms=2.0)
+
+
+def report(api, test) -> dict:
+    response = api.get(f"{ABTESTS}/{test.pk}/report")
+    assert response.status_code == 200, response.content
+    return response.json()
+
+
+def stop(api, test, **body) -> dict:
+    response = api.post(f"/api/v1/stop_ab_test/{test.pk}", body)
+    assert response.status_code == 200, response.content
+    return response.json()
+
+
+class TestAReport:
+    def test_of_a_test_without_requests_says_to_wait(self, api, champion, challenger):
+        for design in ("split", "shadow"):
+            test = begin(api, champion, challenger, design=design)
+
+            told = report(api, test)
+
+            assert told["decision"]["verdict"] == "HOLD"
+            assert told["difference"]["estimate"] is None
+            assert told["days"] == []
+            stop(api, test)
+
+    def test_counts_by_arm(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 300, 240, unknown=100)
+        log(test, challenger, 200, 170, unknown=200)
+
+        told = report(api, test)
+
+        first, second = told["champion"], told["challenger"]
+        assert (first["customers"], first["labelled"], first["label_rate"], first["accuracy"]) == (400, 300, 0.75, 0.8)
+        assert (second["customers"], second["labelled"], second["accuracy"]) == (400, 200, 0.85)
+        assert first["latency_ms"] == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
+        assert first["mean_probability"] == pytest.approx(0.8)
+        assert first["brier"] == pytest.approx(0.8 * 0.04 + 0.2 * 0.64)
+        assert first["roc_auc"] == 0.5
+        assert first["calibration"] == [{"mean_probability": pytest.approx(0.8), "stayed": 0.8, "customers": 300}]
+        expected = split_difference(240, 300, 170, 200, 0.05)
+        assert told["difference"]["estimate"] == pytest.approx(0.05)
+        assert told["difference"]["interval"] == pytest.approx([expected.low, expected.high])
+        assert told["difference"]["p"] == pytest.approx(expected.p)
+        assert told["days"][-1]["labelled"] == [300, 200]
+        assert (
+            told["decision"]["verdict"] == "INVALID"
+        )  # of the champion's customers 75% are labelled, of the other's 50%
+
+    def test_ranks_by_the_probability(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        for probability, feedback in [(0.9, "1"), (0.8, "0"), (0.7, "1"), (0.2, "0"), (0.7, "0")]:
+            log(test, champion, 1, 1, probability=probability, feedback=feedback)
+
+        assert report(api, test)["champion"]["roc_auc"] == pytest.approx((3 + 1.5) / 6)
+
+    def test_counts_a_customer_once_by_the_first_outcome_that_became_known(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        first, second, third = log(test, champion, 3, 3, customer_key="C1")
+        MLRequest.objects.filter(pk=first.pk).update(feedback="0", labelled_at=BEGAN + timedelta(days=9))
+        MLRequest.objects.filter(pk=second.pk).update(labelled_at=BEGAN + timedelta(days=3))
+        MLRequest.objects.filter(pk=third.pk).update(feedback="0", labelled_at=BEGAN + timedelta(days=4))
+        log(test, champion, 2, 1, customer_key="")
+
+        told = report(api, test)["champion"]
+
+        assert (told["requests"], told["customers"], told["labelled"]) == (5, 3, 3)
+        assert told["accuracy"] == pytest.approx(2 / 3)
+
+    def test_leaves_out_what_was_answered_before_the_test(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 5, 5, abtest=None, customer_key="C1")
+        log(test, champion, 1, 0, customer_key="C1")
+
+        told = report(api, test)["champion"]
+
+        assert (told["customers"], told["labelled"], told["accuracy"]) == (1, 1, 0.0)
+
+    def test_counts_an_outcome_when_the_answer_is_mature(self, api, champion, challenger):
+        test = begin(api, champion, challenger, maturity_days=30)
+        log(test, champion, 10, 5)
+        log(test, champion, 10, 5, created_at=timezone.now() - timedelta(days=29), labelled_at=timezone.now())
+
+        told = report(api, test)
+
+        assert (told["champion"]["customers"], told["champion"]["labelled"]) == (20, 10)
+        assert [day["labelled"] for day in told["days"]][-1] == [10, 0]
+        assert told["days"][1]["day"] == "2026-01-31"
+
+    def test_of_a_shadow_has_the_pairs(self, api, champion, challenger):
+        test = begin(api, champion, challenger, design="shadow")
+        requests = log(test, champion, 200, 150, unknown=10)
+        shadow(requests[:200], test, right=180)
+
+        told = report(api, test)
+
+        assert told["pairs"] == {"both": 150, "only_champion": 0, "only_challenger": 30, "neither": 20}
+        assert told["challenger"]["accuracy"] == 0.9
+        assert told["decision"]["verdict"] == "PROMOTE"
+        assert told["waiting"] == 10
+        assert told["checks"] == {"sample_ratio": None, "label_rate": None}
+
+
+class TestTheFirstRuleThatApplies:
+    def test_a_split_that_is_broken_is_invalid(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 600, 300)
+        log(test, challenger, 400, 390)
+
+        told = report(api, test)
+
+        assert told["decision"]["verdict"] == "INVALID"
+        assert "600 customers came to random forest 1.0.0 and 400 to extra trees 1.0.0" in told["decision"]["sentence"]
+        assert told["checks"]["sample_ratio"]["single_look_p"] == pytest.approx(2.54e-10, rel=0.01)
+
+    def test_weights_other_than_even_are_no_broken_split(self, api, champion, challenger):
+        test = begin(api, champion, challenger, weight=0.4)
+        log(test, champion, 600, 300)
+        log(test, challenger, 400, 200)
+
+        assert report(api, test)["decision"]["verdict"] == "CONTINUE"
+
+    @pytest.mark.parametrize(
+        ("of_champion", "of_challenger", "plan", "expected"),
+        [
+            ((99, 50), (99, 90), {}, "HOLD"),
+            ((99, 50), (99, 90), {"horizon": "5 days"}, "PROMOTE"),
+            ((99, 50), (0, 0), {"horizon": "5 days"}, "INVALID"),
+            ((400, 300), (400, 380), {}, "PROMOTE"),
+            ((400, 380), (400, 300), {}, "KEEP"),
+            ((400, 300), (400, 305), {}, "CONTINUE"),
+            ((400, 300), (400, 305), {"horizon": "800 customers"}, "KEEP"),
+            ((400, 300), (400, 305), {"horizon": "801 customers"}, "CONTINUE"),
+            ((400, 400), (400, 400), {}, "CONTINUE"),
+            ((400, 400), (400, 0), {}, "KEEP"),
+        ],
+    )
+    def test_decides_a_split(self, api, champion, challenger, of_champion, of_challenger, plan, expected):
+        test = begin(api, champion, challenger, **plan)
+        log(test, champion, *of_champion)
+        log(test, challenger, *of_challenger)
+
+        assert report(api, test)["decision"]["verdict"] == expected
+
+    def test_a_manager_reads_what_would_settle_it(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 200, 160)
+        log(test, challenger, 212, 172)
+
+        sentence = report(api, test)["decision"]["sentence"]
+
+        assert sentence.startswith(
+            "Keep random forest 1.0.0: after 412 labelled customers the challenger is not shown to be better "
+            "(81.1% right against 80.0%; difference +1.1 points, 95% interval "
+        )
+        assert sentence.endswith("more are expected to settle it.")
+
+    @pytest.mark.parametrize(
+        ("plan", "why"),
+        [
+            ({"guardrail_latency_p99_ms": 50}, "its p99 latency is 99.0 ms, where 50 ms are allowed"),
+            ({"guardrail_label_shift": 0.2}, "where a difference of 20 points is allowed"),
+        ],
+    )
+    def test_a_guardrail_that_broke_comes_before_all_else(self, api, champion, challenger, plan, why):
+        test = begin(api, champion, challenger, policy="accuracy", **plan)
+        log(test, champion, 200, 100)
+        log(test, challenger, 200, 190)
+        some = list(MLRequest.objects.filter(parent_mlalgorithm=champion).values_list("pk", flat=True)[:60])
+        MLRequest.objects.filter(pk__in=some).update(response="0")
+
+        assert report(api, test)["decision"]["verdict"] == "ROLLBACK"
+        told = stop(api, test)
+
+        assert why in told["summary"]
+        assert (status_of(champion), status_of(challenger)) == ("production", "testing")
+
+    def test_a_challenger_that_fails_breaks_a_guardrail(self, api, champion, challenger):
+        test = begin(api, champion, challenger, design="shadow")
+        requests = log(test, champion, 200, 150)
+        shadow(requests[:180], test, right=180)
+        for request in requests[180:]:
+            ShadowAnswer.objects.create(request=request, abtest=test, latency_ms=1, failure="no")
+
+        assert "it failed in 10.0% of 200 requests" in report(api, test)["decision"]["sentence"]
+
+
+class TestActingOnAPrediction:
+    def test_the_verdict_rests_on_whom_nobody_treated_when_they_are_enough(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        for algorithm, right in ((champion, 150), (challenger, 100)):
+            log(test, algorithm, 200, right)
+            log(test, algorithm, 50, 0, acted_on=True)
+
+        told = report(api, test)
+
+        assert told["judged_on"] == "untreated"
+        assert (told["champion"]["accuracy"], told["champion"]["labelled"]) == (0.75, 250)
+        assert told["champion"]["treated"] == {"labelled": 50, "accuracy": 0.0}
+        assert told["decision"]["warnings"] == []
+
+    def test_it_warns_when_most_were_treated(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        for algorithm in (champion, challenger):
+            log(test, algorithm, 50, 40)
+            log(test, algorithm, 200, 100, acted_on=True)
+
+        told = report(api, test)
+
+        assert told["judged_on"] == "everyone"
+        assert "Something was done for 80% of the labelled customers" in told["decision"]["warnings"][0]
+
+
+class TestStoppingByTheEvidence:
+    def test_promotes_a_challenger_that_is_shown_to_be_better(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 400, 300)
+        log(test, challenger, 400, 380)
+
+        told = stop(api, test)
+
+        assert (status_of(champion), status_of(challenger)) == ("staging", "production")
+        decision = told["decision"]
+        assert (decision["verdict"], decision["promoted"], decision["promoted_to"]) == (
+            "PROMOTE",
+            challenger.pk,
+            "production",
+        )
+        assert decision == api.get(f"{ABTESTS}/{test.pk}").json()["decision"]
+
+    def test_leaves_the_champion_where_it_was_otherwise(self, api, algorithms, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 400, 300)
+        log(test, challenger, 400, 310)
+
+        told = stop(api, test)
+
+        assert told["decision"]["verdict"] == "CONTINUE"
+        assert (status_of(champion), status_of(challenger)) == ("production", "testing")
+
+    @pytest.mark.parametrize("target", ["staging", "production"])
+    def test_a_winner_of_two_that_did_not_hold_production_goes_where_the_plan_says(
+        self, api, algorithms, champion, challenger, target
+    ):
+        tree = algorithms["decision_tree"]
+        test = begin(api, challenger, tree, promote_to=target)
+        log(test, challenger, 400, 300)
+        log(test, tree, 400, 380)
+
+        stop(api, test)
+
+        assert (status_of(tree), status_of(challenger)) == (target, "staging")
+        assert status_of(champion) == ("production" if target == "staging" else "staging")
+
+    def test_a_person_may_overrule_it_for_a_reason_that_is_kept(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 400, 300)
+        log(test, challenger, 400, 310)
+        without = api.post(f"/api/v1/stop_ab_test/{test.pk}", {"force": True})
+        assert without.status_code == 400
+        assert "takes a reason" in without.json()["message"]
+
+        told = stop(api, test, force=True, reason="The champion's data source ends.")
+
+        assert (status_of(champion), status_of(challenger)) == ("staging", "production")
+        assert (told["decision"]["verdict"], told["decision"]["forced"]) == ("CONTINUE", True)
+        assert told["decision"]["reason"] == "The champion's data source ends."
+        assert "in favour of extra trees 1.0.0: The champion's data source ends." in told["summary"]
+
+    def test_a_shadow_ends_by_the_accuracy_rule_too(self, api, champion, challenger):
+        test = begin(api, champion, challenger, design="shadow", policy="accuracy")
+        requests = log(test, champion, 20, 10)
+        shadow(requests, test, right=12)
+
+        told = stop(api, test)
+
+        assert status_of(challenger) == "production"
+        assert "extra trees 1.0.0: 12 of 20 labelled requests right" in told["summary"]
+        assert "Not yet supported by the evidence: p = " in told["summary"]
+
+
+class TestADecision:
+    def stopped(self, api, champion, challenger) -> ABTest:
+        test = begin(api, champion, challenger, design="shadow")
+        requests = log(test, champion, 200, 150)
+        shadow(requests, test, right=180)
+        stop(api, test)
+        test.refresh_from_db()
+        return test
+
+    def test_can_be_made_again_from_the_log_as_it_stood(self, api, champion, challenger):
+        test = self.stopped(api, champion, challenger)
+        recorded = test.decision.evidence
+        for request in MLRequest.objects.filter(abtest=test)[:30]:
+            later = test.decision.decided_at + timedelta(days=1)
+            FeedbackChange.objects.create(
+                request=request, previous=None, feedback=request.feedback, created_at=BEGAN, created_by="x"
+            )
+            changed = "10"[int(request.feedback)]
+            FeedbackChange.objects.create(
+                request=request, previous=request.feedback, feedback=changed, created_at=later, created_by="x"
+            )
+            MLRequest.objects.filter(pk=request.pk).update(feedback=changed, acted_on=True)
+
+        found = evidence.gather(test, test.decision.decided_at, as_it_stood=True, only_for_verdict=True)
+        again = verdict.record(found, verdict.judge(found))
+
+        assert {**again, "as_of": None} == {**recorded, "as_of": None}
+        now = evidence.gather(test, timezone.now(), only_for_verdict=True)
+        assert now.pairs != found.pairs
+
+    def test_is_never_changed(self, api, champion, challenger):
+        if connection.vendor not in ("sqlite", "postgresql"):
+            pytest.skip("only these two guard it")
+        test = self.stopped(api, champion, challenger)
+
+        with pytest.raises((IntegrityError, InternalError)), transaction.atomic():
+            Decision.objects.filter(abtest=test).update(verdict="KEEP")
