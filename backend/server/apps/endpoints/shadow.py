@@ -19,7 +19,7 @@ from django.db import connection, transaction
 from django.db.models import Exists, OuterRef, QuerySet, Subquery
 
 from apps.endpoints import prediction
-from apps.endpoints.models import ABTest, MLRequest, ShadowAnswer
+from apps.endpoints.models import ABTest, Endpoint, MLRequest, ShadowAnswer
 from apps.endpoints.prediction import Unavailable
 from apps.endpoints.turns import in_turn
 from apps.ml.classifier.base import RetentionClassifier
@@ -48,20 +48,28 @@ class Said:
     failure: str = ""
 
 
+def read(answer: Mapping[str, Any], latency_ms: float = 0.0) -> Said:
+    """What a classifier's answer says; a failure when its probability is none."""
+    probability = answer["probability"]
+    if not 0 <= probability <= 1:
+        return Said(latency_ms, failure=f"It answered the probability {probability}.")
+    return Said(latency_ms, answer["label"], probability)
+
+
 def said_of(classifier: RetentionClassifier, row: Mapping[str, Any]) -> Said:
     """What a classifier says of one logged row; whatever it raises is a failure of its own."""
     began = time.perf_counter()
     try:
         answer = classifier.compute_prediction(row)
-        failure = "" if 0 <= answer["probability"] <= 1 else f"It answered the probability {answer['probability']}."
     except Exception as error:  # of a model, which may raise anything
-        failure = str(error) or type(error).__name__
-    elapsed_ms = (time.perf_counter() - began) * 1000
-    if failure:
         # PostgreSQL stores neither NUL nor half a surrogate pair.
-        printable = failure[:LONGEST_FAILURE].encode("utf-8", "backslashreplace").decode().replace("\0", "")
-        return Said(elapsed_ms, failure=printable)
-    return Said(elapsed_ms, answer["label"], answer["probability"])
+        text = (str(error) or type(error).__name__)[:LONGEST_FAILURE].replace("\0", "")
+        return Said(_ms_since(began), failure=text.encode("utf-8", "backslashreplace").decode())
+    return read(answer, _ms_since(began))
+
+
+def _ms_since(began: float) -> float:
+    return (time.perf_counter() - began) * 1000
 
 
 def _in_time(said: Said) -> Said:
@@ -172,12 +180,13 @@ def _record(test: ABTest, scored: Sequence[tuple[int, Said]], now: datetime) -> 
     """Add the answers to requests that have none, while the test runs and nobody else does so; returns how many."""
     said = dict(scored)
     with transaction.atomic():
-        # Whoever ends the test changes this row, and waits for it. Requests that come only need its key.
+        # Whoever ends the test holds this row first, and counts what there is. With the key alone nothing interferes.
         features = connection.features
-        alone = ABTest.objects.running().select_for_update(
+        alone = Endpoint.objects.select_for_update(
             skip_locked=features.has_select_for_update_skip_locked, no_key=features.has_select_for_no_key_update
         )
-        if alone.filter(pk=test.pk).first() is None:
+        is_mine = alone.filter(pk=test.parent_endpoint_id).first() is not None
+        if not is_mine or not ABTest.objects.running().filter(pk=test.pk).exists():
             return 0
         still = MLRequest.objects.filter(pk__in=said, shadow=None).order_by("pk").values_list("pk", flat=True)
         answers = [

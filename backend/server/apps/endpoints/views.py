@@ -30,7 +30,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction, production
+from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction, production, replay
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
 from apps.endpoints.filters import AlgorithmFilter, BatchJobFilter, NewestFirst, RequestFilter, StatusFilter
 from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
@@ -57,6 +57,8 @@ from apps.endpoints.serializers import (
     MLAlgorithmSerializer,
     MLAlgorithmStatusSerializer,
     MLRequestSerializer,
+    ReplayedSerializer,
+    ReplaySerializer,
     RollbackSerializer,
     StoppedABTestSerializer,
     StopSerializer,
@@ -473,6 +475,24 @@ class ABTestViewSet(AddOnly):
             now=timezone.now(),
             **asked,
         )
+
+
+class ReplayView(Api, APIView):
+    """Compare a challenger with the champion on logged requests whose outcome is known, before any traffic moves.
+
+    The challenger scores what the champion has answered; nothing is recorded. Each customer counts once, and those
+    whom the challenger was trained on are left out.
+    """
+
+    permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
+
+    @extend_schema(request=ReplaySerializer, responses={200: ReplayedSerializer, 400: BAD_REQUEST, 503: UNAVAILABLE})
+    def post(self, request: Request) -> Response:
+        asked = ReplaySerializer(data=request.data)
+        asked.is_valid(raise_exception=True)
+        challenger, champion = (asked.validated_data.pop(name, None) for name in ("challenger", "champion"))
+        replayed = replay.replay(challenger, champion, now=timezone.now(), **asked.validated_data)
+        return Response(ReplayedSerializer(replayed.as_json()).data)
 
 
 class StopABTestView(Api, APIView):

@@ -72,6 +72,7 @@ class TestTheDescription:
             ("GET", "/api/v1/abtests"),
             ("POST", "/api/v1/abtests"),
             ("GET", "/api/v1/abtests/{id}"),
+            ("POST", "/api/v1/abtests/replay"),
             ("POST", "/api/v1/stop_ab_test/{id}"),
         }
 

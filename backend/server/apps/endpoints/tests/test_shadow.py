@@ -14,7 +14,7 @@ from apps.endpoints import shadow
 from apps.endpoints.models import ABTest, MLRequest, ShadowAnswer
 from apps.endpoints.shadow import CHUNK_ROWS, Follower
 from apps.ml.registry import registry
-from conftest import make_customers
+from conftest import make_customers, status_of
 
 ABTESTS = "/api/v1/abtests"
 PREDICT = "/api/v1/classifier/predict?status=production"
@@ -260,6 +260,18 @@ def test_a_challenger_that_cannot_be_loaded_is_said_once_and_catches_up_when_rep
     file.write_bytes(content)
 
     assert follow_all(follower, NOW + timedelta(seconds=200)) == 4
+
+
+def test_the_more_accurate_of_both_on_the_same_customers_goes_to_production(api, algorithms, test, challenger):
+    ids = ask(api, plain(ROWS))
+    follow_all(Follower())
+    for pk, response in ShadowAnswer.objects.values_list("pk", "response"):
+        MLRequest.objects.filter(pk=pk).update(feedback=response, labelled_at=NOW)
+
+    stop(api, test)
+
+    assert status_of(algorithms["decision_tree"]) == "production"
+    assert f"{len(ids)} of {len(ids)} labelled requests right" in ABTest.objects.get(pk=test.pk).summary
 
 
 def test_split_tests_have_no_shadow(api, algorithms):
