@@ -100,8 +100,11 @@ def test_each_request_is_scored_once_and_what_comes_later_too(api, test, challen
 def test_many_are_scored_in_several_chunks(api, test, challenger, monkeypatch):
     monkeypatch.setattr(shadow, "CHUNK_ROWS", 7)
     ask(api, plain(ROWS))
+    follower = Follower()
 
-    assert follow_all(Follower()) == len(ROWS) == ShadowAnswer.objects.count()
+    assert (follower.follow(NOW), follower.is_behind) == (7, True)
+    assert follow_all(follower) == len(ROWS) - 7
+    assert not follower.is_behind
 
 
 def test_rows_that_take_long_are_recorded_before_all_are_scored(api, test, challenger, monkeypatch):
