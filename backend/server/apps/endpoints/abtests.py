@@ -129,7 +129,11 @@ def scores_of(tests: Iterable[ABTest]) -> dict[int, tuple[ArmScore, ArmScore]]:
         for test, both, *correct in (
             labelled.filter(abtest__in=shadows, shadow__response__isnull=False)
             .values_list("abtest")
-            .annotate(Count("*"), Count("feedback", filter=right), Count("feedback", filter=challenger_right))
+            .annotate(
+                labelled=Count("*"),
+                champion_correct=Count("feedback", filter=right),
+                challenger_correct=Count("feedback", filter=challenger_right),
+            )
         ):
             counted |= {(test, arm.pk): (both, count) for arm, count in zip(arms[test], correct, strict=True)}
 

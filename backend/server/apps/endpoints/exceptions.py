@@ -23,6 +23,7 @@ from apps.endpoints.abtests import ABTestError
 from apps.endpoints.csv_file import BadRows, BatchError
 from apps.endpoints.feedback import UnknownOutcome
 from apps.endpoints.lifecycle import LifecycleError, NoWayBack, TestRunning
+from apps.endpoints.replay import ReplayError
 from apps.ml.schema import InputError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ HTTP_STATUS: list[tuple[type[Exception], int]] = [
     (NoWayBack, status.HTTP_409_CONFLICT),
     (LifecycleError, status.HTTP_400_BAD_REQUEST),
     (ABTestError, status.HTTP_400_BAD_REQUEST),
+    (ReplayError, status.HTTP_400_BAD_REQUEST),
     (UnknownOutcome, status.HTTP_400_BAD_REQUEST),
     (RequestDataTooBig, status.HTTP_413_REQUEST_ENTITY_TOO_LARGE),
     (SuspiciousOperation, status.HTTP_400_BAD_REQUEST),

@@ -14,6 +14,7 @@ from rest_framework import serializers
 from apps.endpoints import batch_jobs, tables
 from apps.endpoints.evidence import EVERYONE, UNTREATED
 from apps.endpoints.models import (
+    MOST_DAYS,
     ABTest,
     BatchJob,
     Decision,
@@ -24,6 +25,7 @@ from apps.endpoints.models import (
     Status,
 )
 from apps.endpoints.prediction import Wanted
+from apps.endpoints.replay import MOST_AT_ONCE
 from apps.ml.registry import DEFAULT_ENDPOINT
 from apps.ml.schema import spelled
 
@@ -368,6 +370,89 @@ class StoppedABTestSerializer(ABTestSerializer):
 
     class Meta(ABTestSerializer.Meta):
         fields = [*ABTestSerializer.Meta.fields, "message"]
+
+
+class ReplaySerializer(serializers.Serializer):
+    """Which algorithms to compare on which logged requests."""
+
+    challenger = serializers.IntegerField(min_value=1, max_value=2**63 - 1, help_text="An algorithm's id.")
+    champion = serializers.IntegerField(
+        min_value=1,
+        max_value=2**63 - 1,
+        required=False,
+        help_text="Whose answers are looked at: by default the production algorithm's, or a running test's champion's.",
+    )
+    since = serializers.DateTimeField(required=False, help_text="When the champion answered, at the earliest.")
+    until = serializers.DateTimeField(required=False, help_text="Before when the champion answered.")
+    alpha = PlanField(default=0.05, min_value=1e-6, max_value=0.5)
+    minimum_labelled = serializers.IntegerField(default=100, min_value=1, max_value=2**31 - 1)
+    maturity_days = serializers.IntegerField(
+        required=False, min_value=0, max_value=MOST_DAYS, help_text="By default the endpoint's."
+    )
+    most = serializers.IntegerField(
+        default=MOST_AT_ONCE,
+        min_value=1,
+        max_value=MOST_AT_ONCE,
+        help_text="Labelled requests, the newest first. `manage.py replay` has no limit.",
+    )
+
+
+class ReplayedArmSerializer(serializers.Serializer):
+    """One algorithm on the customers that are compared."""
+
+    id = serializers.IntegerField()
+    algorithm = serializers.CharField()
+    version = serializers.CharField()
+    correct = serializers.IntegerField()
+    accuracy = serializers.FloatField()
+    low = serializers.FloatField(help_text="Of Wilson's interval of the accuracy.")
+    high = serializers.FloatField()
+
+
+class LeftOutSerializer(serializers.Serializer):
+    immature = serializers.IntegerField(help_text="Younger than the maturity period.")
+    trained_on = serializers.IntegerField(help_text="By whom the challenger may have learned.")
+    repeated = serializers.IntegerField(help_text="Of customers who count by another request.")
+    failures = serializers.IntegerField(help_text="Which the challenger could not score.")
+
+
+class TrainingSerializer(serializers.Serializer):
+    known_by = serializers.ChoiceField(
+        ["customer key", "time"], help_text="How it is known whom the challenger was trained on."
+    )
+    cutoff = serializers.DateTimeField(help_text="When it was trained.")
+    data_sha256 = serializers.CharField(allow_null=True, help_text="Of the table that it was trained on.")
+
+
+class PairsSerializer(serializers.Serializer):
+    both = serializers.IntegerField(help_text="Customers of whom both were right.")
+    only_champion = serializers.IntegerField()
+    only_challenger = serializers.IntegerField()
+    neither = serializers.IntegerField()
+
+
+class DifferenceSerializer(serializers.Serializer):
+    estimate = serializers.FloatField(help_text="The challenger's accuracy minus the champion's.")
+    low = serializers.FloatField(help_text="Of its anytime-valid interval.")
+    high = serializers.FloatField()
+    p = serializers.FloatField(help_text="Of this look alone.")
+
+
+class ReplayedSerializer(serializers.Serializer):
+    """What a challenger would have been worth."""
+
+    champion = ReplayedArmSerializer()
+    challenger = ReplayedArmSerializer()
+    considered = serializers.IntegerField(help_text="Labelled requests that were looked at.")
+    left_out = LeftOutSerializer(help_text="How many of them do not count, and why.")
+    compared = serializers.IntegerField(help_text="Customers on whom both are judged.")
+    training = TrainingSerializer()
+    pairs = PairsSerializer()
+    difference = DifferenceSerializer()
+    p = serializers.FloatField(help_text="Anytime-valid.")
+    alpha = serializers.FloatField()
+    verdict = serializers.ChoiceField(Decision.Verdict.values)
+    sentence = serializers.CharField()
 
 
 @extend_schema_field({"type": "string", "enum": [status.value for status in Status if status != Status.RETIRED]})

@@ -19,7 +19,7 @@ from django.db import connection, transaction
 from django.db.models import Exists, OuterRef, QuerySet, Subquery
 
 from apps.endpoints import prediction
-from apps.endpoints.models import ABTest, MLRequest, ShadowAnswer
+from apps.endpoints.models import ABTest, Endpoint, MLRequest, ShadowAnswer
 from apps.endpoints.prediction import Unavailable
 from apps.endpoints.turns import in_turn
 from apps.ml.classifier.base import RetentionClassifier
@@ -48,20 +48,28 @@ class Said:
     failure: str = ""
 
 
+def read(answer: Mapping[str, Any], latency_ms: float = 0.0) -> Said:
+    """What a classifier's answer says; a failure when its probability is none."""
+    probability = answer["probability"]
+    if not 0 <= probability <= 1:
+        return Said(latency_ms, failure=f"It answered the probability {probability}.")
+    return Said(latency_ms, answer["label"], probability)
+
+
 def said_of(classifier: RetentionClassifier, row: Mapping[str, Any]) -> Said:
     """What a classifier says of one logged row; whatever it raises is a failure of its own."""
     began = time.perf_counter()
     try:
         answer = classifier.compute_prediction(row)
-        failure = "" if 0 <= answer["probability"] <= 1 else f"It answered the probability {answer['probability']}."
     except Exception as error:  # of a model, which may raise anything
-        failure = str(error) or type(error).__name__
-    elapsed_ms = (time.perf_counter() - began) * 1000
-    if failure:
         # PostgreSQL stores neither NUL nor half a surrogate pair.
-        printable = failure[:LONGEST_FAILURE].encode("utf-8", "backslashreplace").decode().replace("\0", "")
-        return Said(elapsed_ms, failure=printable)
-    return Said(elapsed_ms, answer["label"], answer["probability"])
+        text = (str(error) or type(error).__name__)[:LONGEST_FAILURE].replace("\0", "")
+        return Said(_ms_since(began), failure=text.encode("utf-8", "backslashreplace").decode())
+    return read(answer, _ms_since(began))
+
+
+def _ms_since(began: float) -> float:
+    return (time.perf_counter() - began) * 1000
 
 
 def _in_time(said: Said) -> Said:
@@ -82,6 +90,7 @@ class _Place:
     marks: deque[int] = field(default_factory=lambda: deque([0, 0]))
     went_back: datetime = LONG_AGO
     rests_until: datetime = LONG_AGO
+    is_behind: bool = False
     trouble: str = ""
 
     def go_back(self, now: datetime) -> None:
@@ -93,9 +102,13 @@ class _Place:
 
 
 class Follower:
-    """One process's part in the running shadow tests. A new one looks at all requests of each."""
+    """One process's part in the running shadow tests. A new one looks at all requests of each.
+
+    is_behind: whether `follow` left requests for its next call, which need not wait for more to come.
+    """
 
     def __init__(self) -> None:
+        self.is_behind = False
         self._places: dict[int, _Place] = {}
 
     def follow(self, now: datetime, is_stopping: Callable[[], bool] = lambda: False) -> int:
@@ -105,7 +118,9 @@ class Follower:
         """
         running = list(_running())
         self._places = {test.pk: self._places.get(test.pk, _Place()) for test in running}
-        return sum(_follow(test, self._places[test.pk], now, is_stopping) for test in running)
+        recorded = sum(_follow(test, self._places[test.pk], now, is_stopping) for test in running)
+        self.is_behind = any(place.is_behind for place in self._places.values())
+        return recorded
 
 
 def _running() -> QuerySet[ABTest]:
@@ -120,6 +135,7 @@ def _running() -> QuerySet[ABTest]:
 
 
 def _follow(test: ABTest, place: _Place, now: datetime, is_stopping: Callable[[], bool]) -> int:
+    place.is_behind = False
     if now < place.rests_until or test.newest is None:
         return 0
     if place.reached >= test.newest:
@@ -145,6 +161,7 @@ def _follow(test: ABTest, place: _Place, now: datetime, is_stopping: Callable[[]
         place.go_back(now)
     elif scored:
         place.reached, _ = scored[-1]
+        place.is_behind = True
     return recorded
 
 
@@ -170,27 +187,28 @@ def _scored(
 
 def _record(test: ABTest, scored: Sequence[tuple[int, Said]], now: datetime) -> int:
     """Add the answers to requests that have none, while the test runs and nobody else does so; returns how many."""
-    said = dict(scored)
-    with transaction.atomic():
-        # Whoever ends the test changes this row, and waits for it. Requests that come only need its key.
+    # What can be made before others wait is: the ORM's objects would take most of the time that the lock is held.
+    moment = connection.ops.adapt_datetimefield_value(now)
+    rows = {
+        pk: (pk, test.pk, said.response, said.probability, said.latency_ms, said.failure, moment) for pk, said in scored
+    }
+    with transaction.atomic(), connection.cursor() as cursor:
+        # Whoever ends the test holds this row first, and counts what there is. With the key alone nothing interferes.
         features = connection.features
-        alone = ABTest.objects.running().select_for_update(
+        alone = Endpoint.objects.select_for_update(
             skip_locked=features.has_select_for_update_skip_locked, no_key=features.has_select_for_no_key_update
         )
-        if alone.filter(pk=test.pk).first() is None:
+        is_mine = alone.filter(pk=test.parent_endpoint_id).first() is not None
+        if not is_mine or not ABTest.objects.running().filter(pk=test.pk).exists():
             return 0
-        still = MLRequest.objects.filter(pk__in=said, shadow=None).order_by("pk").values_list("pk", flat=True)
-        answers = [
-            ShadowAnswer(
-                request_id=pk,
-                abtest=test,
-                response=said[pk].response,
-                probability=said[pk].probability,
-                latency_ms=said[pk].latency_ms,
-                failure=said[pk].failure,
-                created_at=now,
-            )
-            for pk in still
-        ]
-        ShadowAnswer.objects.bulk_create(answers)
-    return len(answers)
+        still = MLRequest.objects.filter(pk__in=rows, shadow=None).values_list("pk", flat=True)
+        lacking = [rows[pk] for pk in still]
+        if lacking:
+            cursor.executemany(_INSERT, lacking)
+    return len(lacking)
+
+
+_COLUMNS = [field.column for field in ShadowAnswer._meta.concrete_fields]
+_INSERT = (
+    f"INSERT INTO {ShadowAnswer._meta.db_table} ({', '.join(_COLUMNS)}) VALUES ({', '.join(['%s'] * len(_COLUMNS))})"
+)

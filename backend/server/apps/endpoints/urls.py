@@ -18,6 +18,7 @@ router.register("batch-jobs", views.BatchJobViewSet, basename="batchjob")
 router.register("abtests", views.ABTestViewSet, basename="abtest")
 
 urlpatterns = [
+    path("abtests/replay", views.ReplayView.as_view()),
     path("", include(router.urls)),
     path("stop_ab_test/<int:pk>", views.StopABTestView.as_view()),
     path("batch-predict", views.BatchPredictView.as_view()),

@@ -30,7 +30,18 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction, production, report
+from apps.endpoints import (
+    abtests,
+    batch,
+    batch_jobs,
+    feedback,
+    json_text,
+    lifecycle,
+    prediction,
+    production,
+    replay,
+    report,
+)
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
 from apps.endpoints.filters import AlgorithmFilter, BatchJobFilter, NewestFirst, RequestFilter, StatusFilter
 from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
@@ -57,6 +68,8 @@ from apps.endpoints.serializers import (
     MLAlgorithmSerializer,
     MLAlgorithmStatusSerializer,
     MLRequestSerializer,
+    ReplayedSerializer,
+    ReplaySerializer,
     ReportSerializer,
     RollbackSerializer,
     StoppedABTestSerializer,
@@ -480,6 +493,24 @@ class ABTestViewSet(AddOnly):
     def report(self, request: Request, pk: str) -> Response:
         """How a test stands, or how it ended: both arms, whether they can be compared, the decision, day by day."""
         return Response(ReportSerializer(report.report(self.get_object(), now=timezone.now())).data)
+
+
+class ReplayView(Api, APIView):
+    """Compare a challenger with the champion on logged requests whose outcome is known, before any traffic moves.
+
+    The challenger scores what the champion has answered; nothing is recorded. Each customer counts once, and those
+    whom the challenger was trained on are left out.
+    """
+
+    permission_classes = [TokenUnlessDebug, WritesNeedABTestPermission]
+
+    @extend_schema(request=ReplaySerializer, responses={200: ReplayedSerializer, 400: BAD_REQUEST, 503: UNAVAILABLE})
+    def post(self, request: Request) -> Response:
+        asked = ReplaySerializer(data=request.data)
+        asked.is_valid(raise_exception=True)
+        challenger, champion = (asked.validated_data.pop(name, None) for name in ("challenger", "champion"))
+        replayed = replay.replay(challenger, champion, now=timezone.now(), **asked.validated_data)
+        return Response(ReplayedSerializer(replayed.as_json()).data)
 
 
 class StopABTestView(Api, APIView):

@@ -73,6 +73,7 @@ class TestTheDescription:
             ("POST", "/api/v1/abtests"),
             ("GET", "/api/v1/abtests/{id}"),
             ("GET", "/api/v1/abtests/{id}/report"),
+            ("POST", "/api/v1/abtests/replay"),
             ("POST", "/api/v1/stop_ab_test/{id}"),
         }
 

@@ -94,7 +94,8 @@ def follow_shadows(stopping: threading.Event, *, once: bool = False) -> None:
     follower = shadow.Follower()
     while not stopping.is_set():
         try:
-            if follower.follow(timezone.now(), stopping.is_set):
+            follower.follow(timezone.now(), stopping.is_set)
+            if follower.is_behind:
                 continue
             if once:
                 return
