@@ -20,5 +20,6 @@ router.register("abtests", views.ABTestViewSet, basename="abtest")
 urlpatterns = [
     path("", include(router.urls)),
     path("stop_ab_test/<int:pk>", views.StopABTestView.as_view()),
+    path("feedback", views.FeedbackView.as_view()),
     path("batch-predict", views.BatchPredictView.as_view()),
 ]

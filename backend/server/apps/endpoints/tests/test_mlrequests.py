@@ -51,7 +51,7 @@ class TestReading:
         assert (told["feedback"], told["abtest"], told["customer_key"]) == (None, None, "")
         assert set(told) == {
             *("id", "input_data", "full_response", "response", "probability", "feedback", "customer_key"),
-            *("latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
+            *("labelled_at", "acted_on", "latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
         }
 
     def test_the_list_is_paged_newest_first(self, api, twelve):
@@ -196,7 +196,7 @@ class TestFeedback:
             "PATCH", answered, f'{{"feedback": "1", "{name}": {{"a": 9}}}}', content_type="application/json"
         )
 
-        assert "Only feedback can be written" in refused(response)
+        assert "Only feedback and acted_on can be written" in refused(response)
         assert api.get(answered).json() == before
 
     def test_may_be_put_into_the_request_as_it_was_read(self, api, answered):
