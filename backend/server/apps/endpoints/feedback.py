@@ -20,7 +20,7 @@ from django.db.models.functions import Coalesce
 
 from apps.endpoints import lifecycle, outcomes, tables
 from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Layout
-from apps.endpoints.models import Decision, Endpoint, FeedbackChange, MLAlgorithm, MLRequest
+from apps.endpoints.models import Decision, Endpoint, MLAlgorithm, MLRequest
 from apps.endpoints.outcomes import ACTED_ON, COLUMNS, CUSTOMER_KEY, FEEDBACK, OUTCOME, REQUEST_ID, BadValue, Outcome
 from apps.endpoints.storage import Source
 from apps.endpoints.turns import in_turn
@@ -29,7 +29,7 @@ from apps.ml.schema import MISSING_IN_FILES, InputError, Problem
 # All of a file are written in one transaction, for which other writers of a SQLite file wait no longer than 20 seconds.
 MOST_OUTCOMES = 200_000
 CHUNK_ROWS = 10_000
-# In one statement: SQLite may take no more than 999 values, nor more than 500 SELECTs.
+# In one statement: SQLite may take no more than 999 values.
 CHUNK = 900
 CUSTOMERS = 200
 
@@ -260,7 +260,7 @@ def _by_id(told: Mapping[int, Outcome]) -> dict[int, list[_Found]]:
 
 # NOT (customer_key = '') is the condition of the index, which SQLite uses only where the query repeats it.
 _LATEST_BY_ENDPOINT = """
-    WITH told AS ({told})
+    WITH told (number, customer_key, since, before) AS ({told})
     SELECT number, request_id, algorithm_id, endpoint_id FROM (
         SELECT told.number, r.id AS request_id, a.id AS algorithm_id, a.parent_endpoint_id AS endpoint_id,
             ROW_NUMBER() OVER (
@@ -278,19 +278,27 @@ def _by_customer(told: Mapping[int, Outcome], endpoint: Endpoint | None) -> dict
     """By outcome the latest request of its customer in its window: of each endpoint, or of the one given."""
     found = defaultdict(list)
     adapted = cache(connection.ops.adapt_datetimefield_value)
-    of_customers = [(number, outcome) for number, outcome in told.items() if outcome.request_id is None]
-    for some in _in_chunks(of_customers, CUSTOMERS):
-        first = "SELECT %s AS number, %s AS customer_key, %s AS since, %s AS before"
-        selects = " UNION ALL ".join([first, *["SELECT %s, %s, %s, %s"] * (len(some) - 1)])
-        values = chain.from_iterable(
-            (number, outcome.customer_key, adapted(outcome.since), adapted(outcome.before)) for number, outcome in some
-        )
+    of_customers = [
+        (number, outcome.customer_key, adapted(outcome.since), adapted(outcome.before))
+        for number, outcome in told.items()
+        if outcome.request_id is None
+    ]
+    for some in _in_chunks(of_customers, CHUNK_ROWS if connection.vendor == "postgresql" else CUSTOMERS):
         with connection.cursor() as cursor:
-            cursor.execute(_LATEST_BY_ENDPOINT.format(told=selects), [*values])
+            cursor.execute(*_latest_by_endpoint(some))
             for number, *request in cursor.fetchall():
                 if endpoint is None or endpoint.pk == request[-1]:
                     found[number].append(_Found(*request))
     return found
+
+
+def _latest_by_endpoint(told: Sequence[Sequence[Any]]) -> tuple[str, list[Any]]:
+    """SQL and its parameters for the latest request of each customer told, by endpoint."""
+    if connection.vendor == "postgresql":  # which plans by the length of arrays, and reads them fast
+        arrays = "SELECT * FROM unnest(%s::bigint[], %s::text[], %s::timestamptz[], %s::timestamptz[])"
+        return _LATEST_BY_ENDPOINT.format(told=arrays), [list(column) for column in zip(*told, strict=True)]
+    rows = " UNION ALL ".join(["SELECT %s, %s, %s, %s"] * len(told))
+    return _LATEST_BY_ENDPOINT.format(told=rows), [*chain.from_iterable(told)]
 
 
 def _in_chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -307,39 +315,40 @@ def _write(
 
     endpoint_ids: of these requests. Rows are locked in the order of ids, endpoints first. Raises _Gone.
     """
+    changed: dict[_Meaning, list[int]] = defaultdict(list)
+    recorded = 0
     with transaction.atomic():
         lifecycle.lock_shared(endpoint_ids)
         moment = _after_decisions(endpoint_ids, now)
-        changes = []
         for some in _in_chunks(sorted(meanings), CHUNK):
             known = _locked(some)
             if len(known) < len(some):
                 raise _Gone
-            for pk, previous, acted_before in known:
-                label, acted_on = meanings[pk]
-                acted_on = acted_before if acted_on is None else acted_on
-                if (label, acted_on) != (previous, acted_before):
-                    changes.append(
-                        FeedbackChange(
-                            request_id=pk,
-                            previous=previous,
-                            feedback=label,
-                            acted_on=acted_on,
-                            created_by=by,
-                            created_at=moment,
-                        )
-                    )
-        FeedbackChange.objects.bulk_create(changes)
-        alike = defaultdict(list)
-        for change in changes:
-            alike[change.feedback, change.acted_on].append(change.request_id)
-        for (label, acted_on), ids in alike.items():
+            for pk, previous, acted_on in known:
+                meaning = meanings[pk]
+                if meaning.acted_on is None:
+                    meaning = meaning._replace(acted_on=acted_on)
+                if meaning != (previous, acted_on):
+                    changed[meaning].append(pk)
+                    recorded += previous is None
+        for meaning, ids in changed.items():
             for some in _in_chunks(ids, CHUNK):
-                MLRequest.objects.filter(pk__in=some).update(
-                    feedback=label, acted_on=acted_on, labelled_at=Coalesce("labelled_at", Value(moment))
-                )
-    recorded = sum(change.previous is None for change in changes)
-    return recorded, len(changes) - recorded
+                _change(some, meaning, by, moment)
+    return recorded, sum(map(len, changed.values())) - recorded
+
+
+def _change(ids: Sequence[int], meaning: _Meaning, by: str, moment: datetime) -> None:
+    """Add a row of history for each of some requests, and write what is known now."""
+    places = ", ".join(["%s"] * len(ids))
+    with connection.cursor() as cursor:  # the rows of many need not come here to be copied
+        cursor.execute(
+            "INSERT INTO endpoints_feedbackchange (request_id, previous, feedback, acted_on, created_by, created_at)"
+            f" SELECT id, feedback, %s, %s, %s, %s FROM endpoints_mlrequest WHERE id IN ({places})",
+            [*meaning, by, connection.ops.adapt_datetimefield_value(moment), *ids],
+        )
+    MLRequest.objects.filter(pk__in=ids).update(
+        feedback=meaning.label, acted_on=meaning.acted_on, labelled_at=Coalesce("labelled_at", Value(moment))
+    )
 
 
 def _locked(ids: Sequence[int]) -> list[tuple[int, str | None, bool | None]]:
