@@ -66,10 +66,12 @@ def _measure(lines: int, others: int) -> Iterator[tuple[str, float, str]]:
     """What was sent, the seconds, and what was answered."""
     import django
     from django.core.management import call_command
+    from django.db import connection
 
     django.setup()
     call_command("migrate", verbosity=0)
     ids = _fill(lines, others)
+    connection.cursor().execute("ANALYZE")  # as PostgreSQL does by itself after some seconds
     by_id = "\n".join(["request_id,outcome", *(f"{pk},{pk % 2}" for pk in ids)])
     by_key = "\n".join(
         [

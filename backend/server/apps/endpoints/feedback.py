@@ -11,15 +11,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 from django.db import connection, transaction
 from django.db.models import Max, Value
+from django.db.models.expressions import RawSQL
 from django.db.models.functions import Coalesce
 
 from apps.endpoints import lifecycle, outcomes, tables
 from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Layout
+from apps.endpoints.json_text import dumps
 from apps.endpoints.models import Decision, Endpoint, MLAlgorithm, MLRequest
 from apps.endpoints.outcomes import ACTED_ON, COLUMNS, CUSTOMER_KEY, FEEDBACK, OUTCOME, REQUEST_ID, BadValue, Outcome
 from apps.endpoints.storage import Source
@@ -29,9 +30,6 @@ from apps.ml.schema import MISSING_IN_FILES, InputError, Problem
 # All of a file are written in one transaction, for which other writers of a SQLite file wait no longer than 20 seconds.
 MOST_OUTCOMES = 200_000
 CHUNK_ROWS = 10_000
-# In one statement: SQLite may take no more than 999 values.
-CHUNK = 900
-CUSTOMERS = 200
 
 
 class UnknownOutcome(ValueError):
@@ -251,8 +249,8 @@ def _by_id(told: Mapping[int, Outcome]) -> dict[int, list[_Found]]:
         if outcome.request_id is not None:
             numbers[outcome.request_id].append(number)
     found = {}
-    for some in _in_chunks([*numbers], CHUNK):
-        requests = MLRequest.objects.filter(pk__in=some)
+    for some in _in_chunks([*numbers]):
+        requests = MLRequest.objects.filter(pk__in=_each(some))
         for row in requests.values_list("pk", "parent_mlalgorithm", "parent_mlalgorithm__parent_endpoint"):
             found.update({number: [_Found(*row)] for number in numbers[row[0]]})
     return found
@@ -283,7 +281,7 @@ def _by_customer(told: Mapping[int, Outcome], endpoint: Endpoint | None) -> dict
         for number, outcome in told.items()
         if outcome.request_id is None
     ]
-    for some in _in_chunks(of_customers, CHUNK_ROWS if connection.vendor == "postgresql" else CUSTOMERS):
+    for some in _in_chunks(of_customers):
         with connection.cursor() as cursor:
             cursor.execute(*_latest_by_endpoint(some))
             for number, *request in cursor.fetchall():
@@ -294,15 +292,22 @@ def _by_customer(told: Mapping[int, Outcome], endpoint: Endpoint | None) -> dict
 
 def _latest_by_endpoint(told: Sequence[Sequence[Any]]) -> tuple[str, list[Any]]:
     """SQL and its parameters for the latest request of each customer told, by endpoint."""
-    if connection.vendor == "postgresql":  # which plans by the length of arrays, and reads them fast
-        arrays = "SELECT * FROM unnest(%s::bigint[], %s::text[], %s::timestamptz[], %s::timestamptz[])"
-        return _LATEST_BY_ENDPOINT.format(told=arrays), [list(column) for column in zip(*told, strict=True)]
-    rows = " UNION ALL ".join(["SELECT %s, %s, %s, %s"] * len(told))
-    return _LATEST_BY_ENDPOINT.format(told=rows), [*chain.from_iterable(told)]
+    if connection.vendor == "sqlite":
+        fields = ", ".join(f"value ->> {place}" for place in range(len(told[0])))
+        return _LATEST_BY_ENDPOINT.format(told=f"SELECT {fields} FROM json_each(%s)"), [dumps(told)]
+    arrays = "SELECT * FROM unnest(%s::bigint[], %s::text[], %s::timestamptz[], %s::timestamptz[])"
+    return _LATEST_BY_ENDPOINT.format(told=arrays), [list(column) for column in zip(*told, strict=True)]
 
 
-def _in_chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (values[at : at + size] for at in range(0, len(values), size))
+def _each(ids: Sequence[int]) -> RawSQL:
+    """Ids as one parameter: SQLite takes few, and thousands of them cost more to write out and read than to look up."""
+    if connection.vendor == "sqlite":
+        return RawSQL("SELECT value FROM json_each(%s)", [dumps(ids)])
+    return RawSQL("SELECT unnest(%s::bigint[])", [list(ids)])
+
+
+def _in_chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (values[at : at + CHUNK_ROWS] for at in range(0, len(values), CHUNK_ROWS))
 
 
 # --- What is written --------------------------------------------------------------------------------------
@@ -320,7 +325,7 @@ def _write(
     with transaction.atomic():
         lifecycle.lock_shared(endpoint_ids)
         moment = _after_decisions(endpoint_ids, now)
-        for some in _in_chunks(sorted(meanings), CHUNK):
+        for some in _in_chunks(sorted(meanings)):
             known = _locked(some)
             if len(known) < len(some):
                 raise _Gone
@@ -332,21 +337,21 @@ def _write(
                     changed[meaning].append(pk)
                     recorded += previous is None
         for meaning, ids in changed.items():
-            for some in _in_chunks(ids, CHUNK):
+            for some in _in_chunks(ids):
                 _change(some, meaning, by, moment)
     return recorded, sum(map(len, changed.values())) - recorded
 
 
 def _change(ids: Sequence[int], meaning: _Meaning, by: str, moment: datetime) -> None:
     """Add a row of history for each of some requests, and write what is known now."""
-    places = ", ".join(["%s"] * len(ids))
+    each = _each(ids)
     with connection.cursor() as cursor:  # the rows of many need not come here to be copied
         cursor.execute(
             "INSERT INTO endpoints_feedbackchange (request_id, previous, feedback, acted_on, created_by, created_at)"
-            f" SELECT id, feedback, %s, %s, %s, %s FROM endpoints_mlrequest WHERE id IN ({places})",
-            [*meaning, by, connection.ops.adapt_datetimefield_value(moment), *ids],
+            f" SELECT id, feedback, %s, %s, %s, %s FROM endpoints_mlrequest WHERE id IN ({each.sql})",
+            [*meaning, by, connection.ops.adapt_datetimefield_value(moment), *each.params],
         )
-    MLRequest.objects.filter(pk__in=ids).update(
+    MLRequest.objects.filter(pk__in=each).update(
         feedback=meaning.label, acted_on=meaning.acted_on, labelled_at=Coalesce("labelled_at", Value(moment))
     )
 
@@ -354,7 +359,7 @@ def _change(ids: Sequence[int], meaning: _Meaning, by: str, moment: datetime) ->
 def _locked(ids: Sequence[int]) -> list[tuple[int, str | None, bool | None]]:
     """Of requests the id, the outcome and acted_on; nobody else changes or purges them until the transaction ends."""
     no_key = connection.features.has_select_for_no_key_update  # what only refers to them need not wait
-    locked = MLRequest.objects.filter(pk__in=ids).order_by("pk").select_for_update(no_key=no_key)
+    locked = MLRequest.objects.filter(pk__in=_each(ids)).order_by("pk").select_for_update(no_key=no_key)
     return list(locked.values_list("pk", "feedback", "acted_on"))
 
 
