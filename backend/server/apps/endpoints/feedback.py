@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from django.db import connection, transaction
@@ -116,7 +116,7 @@ def record_rows(
         if problems or unmatched:
             raise InputError([*problems, *unmatched])
         try:
-            recorded, corrected = in_turn(lambda: _write(meanings, endpoint_ids, by=by, now=now))  # noqa: B023
+            recorded, corrected = in_turn(partial(_write, meanings, endpoint_ids, by=by, now=now))
         except _Gone:  # so that the next look says which
             continue
         return Recorded(len(rows), recorded, corrected, len(rows) - recorded - corrected)
@@ -293,17 +293,17 @@ def _by_customer(told: Mapping[int, Outcome], endpoint: Endpoint | None) -> dict
 def _latest_by_endpoint(told: Sequence[Sequence[Any]]) -> tuple[str, list[Any]]:
     """SQL and its parameters for the latest request of each customer told, by endpoint."""
     if connection.vendor == "sqlite":
-        fields = ", ".join(f"value ->> {place}" for place in range(len(told[0])))
+        fields = ", ".join(f"json_extract(value, '$[{place}]')" for place in range(len(told[0])))
         return _LATEST_BY_ENDPOINT.format(told=f"SELECT {fields} FROM json_each(%s)"), [dumps(told)]
     arrays = "SELECT * FROM unnest(%s::bigint[], %s::text[], %s::timestamptz[], %s::timestamptz[])"
     return _LATEST_BY_ENDPOINT.format(told=arrays), [list(column) for column in zip(*told, strict=True)]
 
 
-def _each(ids: Sequence[int]) -> RawSQL:
+def _each(ids: Sequence[int]) -> RawSQL | Sequence[int]:
     """Ids as one parameter: SQLite takes few, and thousands of them cost more to write out and read than to look up."""
     if connection.vendor == "sqlite":
         return RawSQL("SELECT value FROM json_each(%s)", [dumps(ids)])
-    return RawSQL("SELECT unnest(%s::bigint[])", [list(ids)])
+    return RawSQL("SELECT unnest(%s::bigint[])", [ids]) if connection.vendor == "postgresql" else ids
 
 
 def _in_chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -344,14 +344,15 @@ def _write(
 
 def _change(ids: Sequence[int], meaning: _Meaning, by: str, moment: datetime) -> None:
     """Add a row of history for each of some requests, and write what is known now."""
-    each = _each(ids)
+    requests = MLRequest.objects.filter(pk__in=_each(ids))
+    these, values = requests.values("pk").query.sql_with_params()
     with connection.cursor() as cursor:  # the rows of many need not come here to be copied
         cursor.execute(
             "INSERT INTO endpoints_feedbackchange (request_id, previous, feedback, acted_on, created_by, created_at)"
-            f" SELECT id, feedback, %s, %s, %s, %s FROM endpoints_mlrequest WHERE id IN ({each.sql})",
-            [*meaning, by, connection.ops.adapt_datetimefield_value(moment), *each.params],
+            f" SELECT id, feedback, %s, %s, %s, %s FROM endpoints_mlrequest WHERE id IN ({these})",
+            [*meaning, by, connection.ops.adapt_datetimefield_value(moment), *values],
         )
-    MLRequest.objects.filter(pk__in=each).update(
+    requests.update(
         feedback=meaning.label, acted_on=meaning.acted_on, labelled_at=Coalesce("labelled_at", Value(moment))
     )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.utils import timezone
 from django.utils.dateparse import parse_datetime
@@ -34,8 +33,7 @@ class BadValue(ValueError):
         super().__init__(message)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a customer, as it is spelled, and whether something was done for them; None when not told.
 
     request_id: None when it is the latest request of `customer_key` with since <= created_at < before.
@@ -104,7 +102,7 @@ def _customer_key(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise BadValue(CUSTOMER_KEY, f"{CUSTOMER_KEY} must be text or a number, not {_shown(value)}.")
     try:
-        return checked_key(spelled(value), CUSTOMER_KEY)
+        return checked_key(value if isinstance(value, str) else spelled(value), CUSTOMER_KEY)
     except ValueError as error:
         raise BadValue(CUSTOMER_KEY, f"{error}.") from None
 
@@ -121,7 +119,7 @@ def _outcome(told: Mapping[str, Any]) -> str:
 
 
 def _moment(value: Any) -> datetime:
-    moment = _parsed(value) if isinstance(value, str) and len(value) <= _LONGEST_SHOWN else None
+    moment = _aware(_parsed(value)) if isinstance(value, str) and len(value) <= _LONGEST_SHOWN else None
     if moment is None or moment < EARLIEST:
         as_text = "a date, as 2026-01-31, or a date and time, as 2026-01-31T08:00:00Z"
         raise BadValue(OUTCOME_AT, f"{OUTCOME_AT} must be {as_text}, not {_shown(value)}.")
@@ -130,18 +128,25 @@ def _moment(value: Any) -> datetime:
 
 @lru_cache(maxsize=10_000)
 def _parsed(text: str) -> datetime | None:
-    """Of a plain date its first moment. What says no zone is meant as the setting TIME_ZONE says, as in filters."""
+    """Of a plain date its first moment."""
     try:
-        moment = parse_datetime(text.strip())
+        return parse_datetime(text.strip())
+    except ValueError:
+        return None
+
+
+def _aware(moment: datetime | None) -> datetime | None:
+    """In UTC. What says no zone is meant as the setting TIME_ZONE says, as in filters."""
+    try:
         return moment and (timezone.make_aware(moment) if moment.tzinfo is None else moment).astimezone(UTC)
-    except (ValueError, OverflowError):
+    except OverflowError:
         return None
 
 
 def _plain(value: Any) -> str:
     """A value as text. In a file a whole number may be written as a fraction: 12.0 for 12."""
     try:
-        text = spelled(value).strip()
+        text = (value if isinstance(value, str) else spelled(value)).strip()
     except ValueError:  # an integer of more than 4,300 digits
         return "a number of thousands of digits"
     return text[:-2] if text.endswith(".0") and text[:-2].isdecimal() else text
