@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -119,7 +119,8 @@ def _outcome(told: Mapping[str, Any]) -> str:
 
 
 def _moment(value: Any) -> datetime:
-    moment = _aware(_parsed(value)) if isinstance(value, str) and len(value) <= _LONGEST_SHOWN else None
+    zone = timezone.get_default_timezone()
+    moment = _parsed(value, zone) if isinstance(value, str) and len(value) <= _LONGEST_SHOWN else None
     if moment is None or moment < EARLIEST:
         as_text = "a date, as 2026-01-31, or a date and time, as 2026-01-31T08:00:00Z"
         raise BadValue(OUTCOME_AT, f"{OUTCOME_AT} must be {as_text}, not {_shown(value)}.")
@@ -127,19 +128,12 @@ def _moment(value: Any) -> datetime:
 
 
 @lru_cache(maxsize=10_000)
-def _parsed(text: str) -> datetime | None:
-    """Of a plain date its first moment."""
+def _parsed(text: str, zone: tzinfo) -> datetime | None:
+    """In UTC; of a plain date its first moment. zone: what is meant where the text says none."""
     try:
-        return parse_datetime(text.strip())
-    except ValueError:
-        return None
-
-
-def _aware(moment: datetime | None) -> datetime | None:
-    """In UTC. What says no zone is meant as the setting TIME_ZONE says, as in filters."""
-    try:
-        return moment and (timezone.make_aware(moment) if moment.tzinfo is None else moment).astimezone(UTC)
-    except OverflowError:
+        moment = parse_datetime(text.strip())
+        return moment and (moment.replace(tzinfo=zone) if moment.tzinfo is None else moment).astimezone(UTC)
+    except (ValueError, OverflowError):
         return None
 
 

@@ -18,6 +18,7 @@ PREDICT = "/api/v1/classifier/predict"
 WRITES = [
     ("POST", PREDICT),
     ("POST", "/api/v1/batch-predict"),
+    ("POST", "/api/v1/feedback"),
     ("POST", "/api/v1/mlalgorithmstatuses"),
     ("POST", "/api/v1/abtests"),
     ("POST", "/api/v1/stop_ab_test/1"),
