@@ -32,7 +32,11 @@ READS = [
     "/api/v1/mlrequests",
     "/api/v1/abtests",
 ]
-TAKE_JSON = [(method, address) for method, address in WRITES if "batch" not in address and "stop" not in address]
+TAKE_JSON = [
+    (method, address)
+    for method, address in WRITES
+    if not any(other in address for other in ("batch", "feedback", "stop"))
+]
 
 
 def is_error(response, status: int | None = None) -> str:
