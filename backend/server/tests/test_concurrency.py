@@ -157,3 +157,19 @@ def test_what_another_process_registers_is_served_by_every_worker_from_the_next_
         assert ask() == {(400, None)}
         assert set_status(server, extra_trees["id"], "staging", by="ana").status_code == 201
         assert ask() == {(200, "1.1.0")}
+
+
+def test_two_files_of_outcomes_about_the_same_customers_are_recorded_one_after_the_other(two_workers, customer):
+    ids = [answer["request_id"] for answer in two_workers.post(PRODUCTION, json=[customer] * 500).json()]
+    address = "/api/v1/feedback"
+
+    def telling(outcome: str, order: list[int]) -> requests.Response:
+        return two_workers.post(address, json=[{"request_id": pk, "outcome": outcome} for pk in order])
+
+    for _ in range(5):
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(telling, outcome, order) for outcome, order in [("1", ids), ("0", ids[::-1])]]
+            assert [answer.result().status_code for answer in answers] == [200, 200]
+
+        told = two_workers.get("/api/v1/mlrequests?page_size=1000").json()["results"]
+        assert len({request["feedback"] for request in told}) == 1

@@ -5,10 +5,11 @@ Every change locks the endpoint's row first, so two changes on one endpoint happ
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from django.db import transaction
+from django.db import connection, transaction
 
 from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, Status
 
@@ -31,6 +32,21 @@ class NoWayBack(LifecycleError):
 def lock(endpoint_id: int) -> Endpoint:
     """The endpoint, locked until the surrounding transaction ends."""
     return Endpoint.objects.select_for_update().get(pk=endpoint_id)
+
+
+def lock_shared(endpoint_ids: Collection[int]) -> None:
+    """Let nobody lock these endpoints until the surrounding transaction ends; several may do this at once.
+
+    Where rows cannot be locked (SQLite) a transaction that writes is alone anyway.
+    """
+    if endpoint_ids and connection.features.has_select_for_update:
+        table, column = map(connection.ops.quote_name, (Endpoint._meta.db_table, Endpoint._meta.pk.column))
+        places = ", ".join(["%s"] * len(endpoint_ids))
+        with connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT {column} FROM {table} WHERE {column} IN ({places}) ORDER BY {column} FOR SHARE",
+                sorted(endpoint_ids),
+            )
 
 
 def register(

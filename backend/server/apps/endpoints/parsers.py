@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from typing import Any, BinaryIO
 
 from django.core.files.uploadedfile import TemporaryUploadedFile, UploadedFile
 from django.core.files.uploadhandler import FileUploadHandler, TemporaryFileUploadHandler
+from django.http import QueryDict
+from django.utils.datastructures import MultiValueDict
 from rest_framework import parsers
 from rest_framework.exceptions import ParseError
 
 from apps.endpoints import job_files, json_text
+from apps.endpoints.storage import BLOCK
 
 
 class CountingStream:
@@ -66,10 +70,32 @@ class MultipartBody(WholeBody, parsers.MultiPartParser):
     """Fields and files."""
 
 
+class CsvBody(parsers.BaseParser):
+    """A CSV as the whole body, which becomes the field `file` of a form."""
+
+    media_type = "text/csv"
+
+    def parse(self, stream: BinaryIO, media_type: str, parser_context: dict[str, Any]) -> parsers.DataAndFiles:
+        counting = CountingStream(stream)
+        upload = _Upload("body.csv", self.media_type, 0)
+        shutil.copyfileobj(counting, upload.file, BLOCK)
+        _check_whole(counting.bytes_read, parser_context)
+        upload.size = counting.bytes_read
+        upload.seek(0)
+        return parsers.DataAndFiles(QueryDict(), MultiValueDict({"file": [upload]}))
+
+
 class _Upload(TemporaryUploadedFile):
     """On the disk where jobs keep their files, so that one that becomes a job need not be copied."""
 
-    def __init__(self, name: str, content_type: str, size: int, charset: str | None, content_type_extra: Any):
+    def __init__(
+        self,
+        name: str,
+        content_type: str,
+        size: int,
+        charset: str | None = None,
+        content_type_extra: dict[str, str] | None = None,
+    ):
         file = tempfile.NamedTemporaryFile(dir=job_files.uploads(), suffix=job_files.UPLOAD)  # noqa: SIM115
         UploadedFile.__init__(self, file, name, content_type, size, charset, content_type_extra)
 

@@ -11,7 +11,7 @@ from django.utils import timezone
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from apps.endpoints import batch_jobs, tables
+from apps.endpoints import batch_jobs, outcomes, tables
 from apps.endpoints.evidence import EVERYONE, UNTREATED
 from apps.endpoints.models import (
     MOST_DAYS,
@@ -101,7 +101,7 @@ class MLRequestSerializer(serializers.ModelSerializer):
         model = MLRequest
         fields = [
             *("id", "input_data", "full_response", "response", "probability", "feedback", "customer_key"),
-            *("latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
+            *("labelled_at", "acted_on", "latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
         ]
         read_only_fields = fields
 
@@ -116,21 +116,96 @@ class OutcomeField(serializers.Field):
         raise serializers.ValidationError('Expected "1" or "0".')
 
 
+@extend_schema_field({"oneOf": [{"type": "boolean"}, {"type": "string"}, {"type": "integer"}], "nullable": True})
+class ActedOnField(serializers.Field):
+    """Whether something was done for the customer because of the answer; null or empty leaves what is known."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(required=False, allow_null=True, default=None, **kwargs)
+
+    def to_internal_value(self, data: Any) -> bool | None:
+        try:
+            return outcomes.read_acted_on(data)
+        except outcomes.BadValue as error:
+            raise serializers.ValidationError(str(error)) from None
+
+
 class FeedbackSerializer(serializers.Serializer):
-    """The one thing that may be written to a logged request. Other fields may be sent back as they were read."""
+    """What may be written to a logged request. Other fields may be sent back as they were read."""
 
     feedback = OutcomeField()
+    acted_on = ActedOnField()
 
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
         current = self.context["current"]
         changed = [
-            name for name, value in self.initial_data.items() if name != "feedback" and current.get(name) != value
+            name for name, value in self.initial_data.items() if name not in self.fields and current.get(name) != value
         ]
         if changed and not self.context["is_form"]:
             raise serializers.ValidationError(
-                dict.fromkeys(changed, "Only feedback can be written; leave this field out or as it was.")
+                dict.fromkeys(changed, "Only feedback and acted_on can be written; leave this field out or as it was.")
             )
         return attrs
+
+
+class OutcomeSerializer(serializers.Serializer):
+    """One outcome of many; `outcomes.read` judges it."""
+
+    request_id = serializers.IntegerField(required=False, min_value=1, max_value=10**18 - 1)
+    customer_key = serializers.CharField(
+        required=False, help_text="In place of request_id: the customer's latest request before outcome_at."
+    )
+    outcome_at = serializers.DateTimeField(
+        required=False, help_text="A date, and so its first moment, or a date and time; by default now."
+    )
+    window_days = serializers.IntegerField(
+        required=False, min_value=1, max_value=outcomes.MOST_WINDOW_DAYS, help_text="How far back to look."
+    )
+    outcome = OutcomeField(help_text="Or `feedback`, which is another name of it.")
+    acted_on = ActedOnField()
+
+
+class HowOutcomesSerializer(serializers.Serializer):
+    """What holds for all outcomes that name customers."""
+
+    endpoint = serializers.CharField(required=False, help_text="To which the requests belong; by default any.")
+    window_days = serializers.CharField(
+        default=str(outcomes.DEFAULT_WINDOW_DAYS), help_text="Where a line has none: how far back to look."
+    )
+
+    def validate_endpoint(self, name: str) -> Endpoint:
+        endpoint = Endpoint.objects.filter(name=name).first()
+        if endpoint is None:
+            names = ", ".join(Endpoint.objects.order_by("id").values_list("name", flat=True)[:20])
+            raise serializers.ValidationError(f"There is no endpoint {name[:60]!r}; there are: {names or 'none'}.")
+        return endpoint
+
+    def validate_window_days(self, days: str) -> int:
+        try:
+            return outcomes.read_window_days(days)
+        except outcomes.BadValue as error:
+            raise serializers.ValidationError(str(error)) from None
+
+    def how(self) -> dict[str, Any]:
+        """For `feedback.record_rows`. Raises ValidationError."""
+        self.is_valid(raise_exception=True)
+        return {name: self.validated_data[name] for name in ("endpoint", "window_days") if name in self.validated_data}
+
+
+class OutcomesFileSerializer(HowOutcomesSerializer):
+    file = serializers.FileField(
+        allow_empty_file=True,
+        help_text="A CSV whose header has outcome (or feedback), request_id or customer_key, and if they are told "
+        "outcome_at, window_days and acted_on.",
+    )
+
+
+class RecordedSerializer(serializers.Serializer):
+    lines = serializers.IntegerField()
+    recorded = serializers.IntegerField(help_text="Requests whose outcome was not known.")
+    corrected = serializers.IntegerField(help_text="Requests whose outcome, or acted_on, was another.")
+    unchanged = serializers.IntegerField(help_text="Lines that say what was known.")
+    message = serializers.CharField()
 
 
 class DecisionSerializer(serializers.ModelSerializer):

@@ -21,5 +21,6 @@ urlpatterns = [
     path("abtests/replay", views.ReplayView.as_view()),
     path("", include(router.urls)),
     path("stop_ab_test/<int:pk>", views.StopABTestView.as_view()),
+    path("feedback", views.FeedbackView.as_view()),
     path("batch-predict", views.BatchPredictView.as_view()),
 ]

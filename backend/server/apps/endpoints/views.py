@@ -15,6 +15,7 @@ from django.http import Http404, HttpRequest, HttpResponse, QueryDict, Streaming
 from django.urls import reverse
 from django.utils import timezone
 from django.utils.http import content_disposition_header
+from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import (
     OpenApiExample,
     OpenApiParameter,
@@ -45,7 +46,7 @@ from apps.endpoints import (
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
 from apps.endpoints.filters import AlgorithmFilter, BatchJobFilter, NewestFirst, RequestFilter, StatusFilter
 from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
-from apps.endpoints.parsers import MultipartBody, UploadOnDisk
+from apps.endpoints.parsers import CsvBody, JSONBody, MultipartBody, UploadOnDisk
 from apps.endpoints.permissions import (
     TokenAuthentication,
     TokenUnlessDebug,
@@ -65,9 +66,13 @@ from apps.endpoints.serializers import (
     EndpointSerializer,
     ErrorSerializer,
     FeedbackSerializer,
+    HowOutcomesSerializer,
     MLAlgorithmSerializer,
     MLAlgorithmStatusSerializer,
     MLRequestSerializer,
+    OutcomeSerializer,
+    OutcomesFileSerializer,
+    RecordedSerializer,
     ReplayedSerializer,
     ReplaySerializer,
     ReportSerializer,
@@ -234,7 +239,11 @@ class MLRequestViewSet(Api, viewsets.ReadOnlyModelViewSet):
         serializer.is_valid(raise_exception=True)
         try:
             logged = feedback.record(
-                logged.pk, serializer.validated_data["feedback"], by=_asker(request), now=timezone.now()
+                logged.pk,
+                serializer.validated_data["feedback"],
+                acted_on=serializer.validated_data["acted_on"],
+                by=_asker(request),
+                now=timezone.now(),
             )
         except MLRequest.DoesNotExist:
             raise Http404("This request was purged just now.") from None
@@ -336,15 +345,8 @@ class PredictView(Api, APIView):
         return _json(body)
 
 
-class BatchPredictView(Api, APIView):
-    """Score a file of customers: one answer per line, in the file's order.
-
-    A CSV of no more than BATCH_SYNC_ROWS rows is answered at once, or refused if any line is wrong. What is larger, or
-    compressed, or Parquet, or comes with `mode=async`, `format=parquet`, `Prefer: respond-async`, an `Idempotency-Key`,
-    `on_error=skip` or `log=none`, becomes a batch job.
-    """
-
-    parser_classes = [MultipartBody]
+class FilesApi(Api):
+    """Files of up to BATCH_MAX_BYTES, which are streamed to disk if they are large."""
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
@@ -353,6 +355,17 @@ class BatchPredictView(Api, APIView):
 
     def max_bytes(self) -> int:
         return settings.BATCH_MAX_BYTES
+
+
+class BatchPredictView(FilesApi, APIView):
+    """Score a file of customers: one answer per line, in the file's order.
+
+    A CSV of no more than BATCH_SYNC_ROWS rows is answered at once, or refused if any line is wrong. What is larger, or
+    compressed, or Parquet, or comes with `mode=async`, `format=parquet`, `Prefer: respond-async`, an `Idempotency-Key`,
+    `on_error=skip` or `log=none`, becomes a batch job.
+    """
+
+    parser_classes = [MultipartBody]
 
     @extend_schema(
         parameters=[
@@ -408,6 +421,49 @@ class BatchPredictView(Api, APIView):
             content_type="text/csv; charset=utf-8",
             headers={"Content-Disposition": 'attachment; filename="predictions.csv"'},
         )
+
+
+class FeedbackView(FilesApi, APIView):
+    """What became of many customers: all that is told is recorded, or nothing if any line is wrong.
+
+    A line names a request, or a customer, whose latest request before `outcome_at` it is, but no more than
+    `window_days` before. Whatever is told again changes nothing; another outcome than before is a correction.
+    """
+
+    parser_classes = [JSONBody, CsvBody, MultipartBody]
+
+    def max_bytes(self) -> int:
+        is_json = self.request.content_type.startswith(JSONBody.media_type)
+        return settings.MAX_BODY_BYTES if is_json else super().max_bytes()
+
+    @extend_schema(
+        parameters=[HowOutcomesSerializer],
+        request={
+            "application/json": OutcomeSerializer(many=True),
+            "text/csv": OpenApiTypes.BINARY,
+            "multipart/form-data": OutcomesFileSerializer,
+        },
+        responses={
+            200: RecordedSerializer,
+            400: BAD_REQUEST,
+            413: OpenApiResponse(ErrorSerializer, description="The file is too large."),
+        },
+    )
+    def post(self, request: Request) -> Response:
+        who = {"by": _asker(request), "now": timezone.now()}
+        if _is_form(request.data):
+            sent = request.query_params.copy()
+            sent.update(request.data)
+            serializer = OutcomesFileSerializer(data=sent)
+            how = serializer.how()
+            with serializer.validated_data["file"] as file:
+                recorded = feedback.record_file(batch_jobs.uploaded(file), **how, **who)
+        elif isinstance(request.data, list) and request.data:
+            how = HowOutcomesSerializer(data=request.query_params).how()
+            recorded = feedback.record_rows(request.data, **how, **who)
+        else:
+            raise ParseError("Send a list of outcomes, with at least one, or a CSV.")
+        return Response(RecordedSerializer(recorded).data)
 
 
 def download(contents: tuple[int | None, Iterator[bytes]], file_name: str) -> StreamingHttpResponse:

@@ -17,7 +17,7 @@ from unfold.contrib.filters.admin import RadioFilter, RelatedDropdownFilter
 from unfold.paginator import InfinitePaginator
 from unfold.views import ChangeList
 
-from apps.endpoints import feedback
+from apps.endpoints import feedback, outcomes
 from apps.endpoints.admin.history import DayFilter, HistoryAdmin, HistoryInline, badge, table
 from apps.endpoints.models import FEEDBACK_LABELS, HAS_CUSTOMER_KEY, FeedbackChange, MLRequest
 
@@ -47,10 +47,21 @@ class OutcomeFilter(RadioFilter):
 
 
 class OutcomeForm(forms.ModelForm):
-    """The one thing that may be written to a logged request."""
+    """What may be written to a logged request."""
+
+    # The model's field is not for forms, which would write it without history.
+    was_acted_on = forms.TypedChoiceField(
+        label="Acted on",
+        choices=[("", "not known"), ("yes", "yes"), ("no", "no")],
+        coerce=outcomes.read_acted_on,
+        empty_value=None,
+        required=False,
+        help_text="Whether something was done for the customer because of the answer.",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.initial["was_acted_on"] = {True: "yes", False: "no", None: ""}[self.instance.acted_on]
         if "feedback" in self.fields:
             target = self.instance.parent_mlalgorithm.target
             self.fields["feedback"].choices = [
@@ -65,11 +76,19 @@ class OutcomeForm(forms.ModelForm):
             raise ValidationError("An outcome can be corrected, but not taken back.")
         return outcome
 
+    def clean_was_acted_on(self) -> bool | None:
+        acted_on = self.cleaned_data["was_acted_on"]
+        if acted_on is None and self.instance.acted_on is not None:
+            raise ValidationError("This can be corrected, but not taken back.")
+        if acted_on is not None and not self.cleaned_data.get("feedback", self.instance.feedback):
+            raise ValidationError("Say the outcome, too.")
+        return acted_on
+
 
 class FeedbackInline(HistoryInline):
     model = FeedbackChange
     verbose_name_plural = "Feedback history"
-    fields = ("previous", "feedback", "created_by", "created_at")
+    fields = ("previous", "feedback", "acted_on", "created_by", "created_at")
 
 
 class RequestChangeList(ChangeList):
@@ -102,7 +121,7 @@ class MLRequestAdmin(HistoryAdmin):
     fieldsets = (
         (None, {"fields": ("created_at", "parent_mlalgorithm", "abtest", "customer_key", "latency")}),
         ("Answer", {"fields": ("chance", "response", "warnings")}),
-        ("Outcome", {"fields": ("feedback",)}),
+        ("Outcome", {"fields": ("feedback", "was_acted_on")}),
         ("Customer", {"fields": ("features",)}),
     )
     readonly_fields = (
@@ -132,8 +151,19 @@ class MLRequestAdmin(HistoryAdmin):
         return queryset.filter(fits), False
 
     def save_model(self, request: HttpRequest, obj: MLRequest, form: forms.ModelForm, change: bool) -> None:
-        if "feedback" in form.changed_data:
-            feedback.record(obj.pk, obj.feedback, by=request.user.get_username(), now=timezone.now())
+        if {"feedback", "was_acted_on"} & {*form.changed_data}:
+            feedback.record(
+                obj.pk,
+                obj.feedback,
+                acted_on=form.cleaned_data["was_acted_on"],
+                by=request.user.get_username(),
+                now=timezone.now(),
+            )
+
+    @admin.display(description="Acted on", boolean=True)
+    def was_acted_on(self, request: MLRequest) -> bool | None:
+        """For those who may only look."""
+        return request.acted_on
 
     @admin.display(description="Probability")
     def chance(self, request: MLRequest) -> str:

@@ -379,7 +379,23 @@ def test_an_outcome_is_recorded_and_corrected_with_the_users_name(admin_client, 
     assert "Plan is unknown" in text
     assert "MeanGapDays missing" in text
     history = text[text.index("Feedback history") :]
-    assert history.index("1 0 admin") < history.index("- 1 admin")
+    assert history.index("1 0 question_mark admin") < history.index("- 1 question_mark admin")
+
+
+def test_whether_the_answer_was_acted_on_is_told_with_the_outcome(admin_client, algorithms):
+    (logged,) = log(algorithms["random_forest"])
+    assert "Say the outcome, too." in text_of(tell(admin_client, logged, "", was_acted_on="yes"))
+
+    for outcome, acted_on in [("1", ""), ("1", "yes"), ("0", "yes"), ("0", "no")]:
+        assert tell(admin_client, logged, outcome, was_acted_on=acted_on).status_code == 302
+    assert tell(admin_client, logged, "0", was_acted_on="no").status_code == 302
+    refusal = tell(admin_client, logged, "0", was_acted_on="")
+
+    assert "This can be corrected, but not taken back." in text_of(refusal)
+    logged.refresh_from_db()
+    assert (logged.feedback, logged.acted_on) == ("0", False)
+    changes = logged.feedback_changes.order_by("id").values_list("previous", "feedback", "acted_on")
+    assert list(changes) == [(None, "1", None), ("1", "1", True), ("1", "0", True), ("0", "0", False)]
 
 
 def test_nothing_but_the_outcome_of_a_request_can_be_written(admin_client, algorithms):

@@ -18,6 +18,7 @@ PREDICT = "/api/v1/classifier/predict"
 WRITES = [
     ("POST", PREDICT),
     ("POST", "/api/v1/batch-predict"),
+    ("POST", "/api/v1/feedback"),
     ("POST", "/api/v1/mlalgorithmstatuses"),
     ("POST", "/api/v1/abtests"),
     ("POST", "/api/v1/stop_ab_test/1"),
@@ -31,7 +32,11 @@ READS = [
     "/api/v1/mlrequests",
     "/api/v1/abtests",
 ]
-TAKE_JSON = [(method, address) for method, address in WRITES if "batch" not in address and "stop" not in address]
+TAKE_JSON = [
+    (method, address)
+    for method, address in WRITES
+    if not any(other in address for other in ("batch", "feedback", "stop"))
+]
 
 
 def is_error(response, status: int | None = None) -> str:

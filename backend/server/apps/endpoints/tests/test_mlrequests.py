@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from datetime import UTC, datetime, timedelta
+from unittest.mock import ANY
 
 import pytest
 from django.utils import timezone
@@ -51,7 +52,7 @@ class TestReading:
         assert (told["feedback"], told["abtest"], told["customer_key"]) == (None, None, "")
         assert set(told) == {
             *("id", "input_data", "full_response", "response", "probability", "feedback", "customer_key"),
-            *("latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
+            *("labelled_at", "acted_on", "latency_ms", "created_at", "parent_mlalgorithm", "abtest"),
         }
 
     def test_the_list_is_paged_newest_first(self, api, twelve):
@@ -196,13 +197,13 @@ class TestFeedback:
             "PATCH", answered, f'{{"feedback": "1", "{name}": {{"a": 9}}}}', content_type="application/json"
         )
 
-        assert "Only feedback can be written" in refused(response)
+        assert "Only feedback and acted_on can be written" in refused(response)
         assert api.get(answered).json() == before
 
     def test_may_be_put_into_the_request_as_it_was_read(self, api, answered):
         told = api.get(answered).json()
 
-        assert api.put(answered, {**told, "feedback": "1"}).json() == {**told, "feedback": "1"}
+        assert api.put(answered, {**told, "feedback": "1"}).json() == {**told, "feedback": "1", "labelled_at": ANY}
 
     def test_a_request_cannot_be_deleted_or_posted(self, api, answered):
         for response in (api.delete(answered), api.post(answered, {"feedback": "1"}), api.post(REQUESTS, {})):
@@ -223,6 +224,44 @@ class TestFeedback:
             assert api.patch(answered, {"feedback": outcome}).status_code == 200
 
         assert FeedbackChange.objects.count() == 1
+
+    def test_is_dated_when_it_is_told_first(self, api, answered):
+        first = api.patch(answered, {"feedback": "1"}).json()["labelled_at"]
+        corrected = api.patch(answered, {"feedback": "0"}).json()
+
+        assert timezone.now() - datetime.fromisoformat(first) < timedelta(minutes=1)
+        assert (corrected["feedback"], corrected["labelled_at"]) == ("0", first)
+
+
+class TestActedOn:
+    @pytest.mark.parametrize(
+        ("told", "known"),
+        [(True, True), ("yes", True), ("TRUE", True), (1, True), ("0", False), ("No", False), (False, False)],
+    )
+    def test_may_come_with_an_outcome(self, api, answered, told, known):
+        assert api.patch(answered, {"feedback": "1", "acted_on": told}).json()["acted_on"] is known
+
+    @pytest.mark.parametrize("nothing", [{}, {"acted_on": None}, {"acted_on": " "}])
+    def test_is_left_when_nothing_is_said(self, api, answered, nothing):
+        api.patch(answered, {"feedback": "1", "acted_on": "yes"})
+
+        assert api.patch(answered, {"feedback": "0", **nothing}).json()["acted_on"] is True
+        assert [change.acted_on for change in FeedbackChange.objects.order_by("id")] == [True, True]
+
+    def test_is_corrected_with_a_row_of_history_of_its_own(self, api, answered):
+        for acted_on in (None, "yes", "no", "no"):
+            api.patch(answered, {"feedback": "1", "acted_on": acted_on})
+
+        changes = FeedbackChange.objects.order_by("id").values_list("previous", "feedback", "acted_on")
+        assert list(changes) == [(None, "1", None), ("1", "1", True), ("1", "1", False)]
+
+    @pytest.mark.parametrize("told", ["perhaps", 2, [], {}, "\x00", 10**400])
+    def test_that_is_neither_yes_nor_no_is_refused(self, api, answered, told):
+        assert "acted_on" in refused(api.patch(answered, {"feedback": "1", "acted_on": told}))
+        assert api.get(answered).json()["feedback"] is None
+
+    def test_says_nothing_without_an_outcome(self, api, answered):
+        assert "feedback" in refused(api.patch(answered, {"acted_on": True}))
 
 
 class TestOtherSpellings:

@@ -68,6 +68,7 @@ class TestTheDescription:
             ("PUT", "/api/v1/mlrequests/{id}"),
             ("PATCH", "/api/v1/mlrequests/{id}"),
             ("POST", PREDICT),
+            ("POST", "/api/v1/feedback"),
             ("POST", "/api/v1/batch-predict"),
             ("GET", "/api/v1/abtests"),
             ("POST", "/api/v1/abtests"),
