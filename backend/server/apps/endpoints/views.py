@@ -30,7 +30,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, prediction, production
+from apps.endpoints import abtests, batch, batch_jobs, feedback, json_text, lifecycle, planning, prediction, production
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
 from apps.endpoints.filters import AlgorithmFilter, BatchJobFilter, NewestFirst, RequestFilter, StatusFilter
 from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
@@ -57,6 +57,8 @@ from apps.endpoints.serializers import (
     MLAlgorithmSerializer,
     MLAlgorithmStatusSerializer,
     MLRequestSerializer,
+    PlanQuerySerializer,
+    PlanSerializer,
     RollbackSerializer,
     StoppedABTestSerializer,
     StopSerializer,
@@ -473,6 +475,14 @@ class ABTestViewSet(AddOnly):
             now=timezone.now(),
             **asked,
         )
+
+    @extend_schema(parameters=[PlanQuerySerializer], responses={200: PlanSerializer, 400: BAD_REQUEST}, filters=False)
+    @action(detail=False, pagination_class=None)
+    def plan(self, request: Request) -> Response:
+        """How many labelled customers, and days, each design needs to show that a challenger is better."""
+        query = PlanQuerySerializer(data=request.query_params)
+        query.is_valid(raise_exception=True)
+        return Response(PlanSerializer(planning.plan(**query.validated_data)).data)
 
 
 class StopABTestView(Api, APIView):

@@ -72,6 +72,7 @@ class TestTheDescription:
             ("GET", "/api/v1/abtests"),
             ("POST", "/api/v1/abtests"),
             ("GET", "/api/v1/abtests/{id}"),
+            ("GET", "/api/v1/abtests/plan"),
             ("POST", "/api/v1/stop_ab_test/{id}"),
         }
 
