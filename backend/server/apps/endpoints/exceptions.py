@@ -23,6 +23,7 @@ from apps.endpoints.abtests import ABTestError
 from apps.endpoints.csv_file import BadRows, BatchError
 from apps.endpoints.feedback import UnknownOutcome
 from apps.endpoints.lifecycle import LifecycleError, NoWayBack, TestRunning
+from apps.endpoints.planning import PlanError
 from apps.endpoints.replay import ReplayError
 from apps.ml.schema import InputError
 
@@ -67,6 +68,8 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     if isinstance(error, BadRows):
         problems = [{"line": p.line, "field": p.field, "message": p.message} for p in error.problems]
         return _answer(status.HTTP_400_BAD_REQUEST, *_summary(problems))
+    if isinstance(error, PlanError):
+        return _answer(status.HTTP_400_BAD_REQUEST, *_summary(_flatten({error.field: str(error)})))
     for kind, code in HTTP_STATUS:
         if isinstance(error, kind):
             return _answer(code, str(error))

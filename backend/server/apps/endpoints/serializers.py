@@ -440,6 +440,39 @@ class StopSerializer(serializers.Serializer):
     )
 
 
+class PlanQuerySerializer(serializers.Serializer):
+    """What an A/B test would have to show. `planning` says what cannot be."""
+
+    baseline = PlanField(help_text="The champion's accuracy, such as 0.8.")
+    lift = PlanField(help_text="How much more accurate the challenger is; 0.02 for two points.")
+    disagreement = PlanField(
+        required=False, help_text="The share of customers whom only one of the two gets right; without it, no shadow."
+    )
+    alpha = PlanField(default=0.05, help_text="How likely, at most, a false alarm may be.")
+    power = PlanField(default=0.8, help_text="How likely the lift is shown.")
+    per_day = PlanField(required=False, help_text="Customers whose outcome becomes known; without it, no days.")
+    weight = PlanField(default=0.5, help_text="The challenger's share of a split's customers.")
+
+
+class NeedSerializer(serializers.Serializer):
+    labelled = serializers.IntegerField(help_text="Customers whose outcome is known, in all.")
+    champion = serializers.IntegerField(allow_null=True, help_text="Of them, of a split.")
+    challenger = serializers.IntegerField(allow_null=True, help_text="Of them, of a split.")
+    days = serializers.IntegerField(allow_null=True)
+
+
+class DesignNeedsSerializer(serializers.Serializer):
+    fixed_sample = NeedSerializer(help_text="With one look, when all these are known, and none before.")
+    anytime_valid = NeedSerializer(help_text="However often someone looks, as decisions are made here.")
+    anytime_valid_median = NeedSerializer(help_text="By then half of the tests have shown it, and may end.")
+
+
+class PlanSerializer(serializers.Serializer):
+    message = serializers.CharField()
+    split = DesignNeedsSerializer()
+    shadow = DesignNeedsSerializer(allow_null=True)
+
+
 class StoppedABTestSerializer(ABTestSerializer):
     message = serializers.CharField(read_only=True, help_text="Whether this call stopped it, and the summary.")
 

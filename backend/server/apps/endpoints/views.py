@@ -38,6 +38,7 @@ from apps.endpoints import (
     feedback,
     json_text,
     lifecycle,
+    planning,
     prediction,
     production,
     replay,
@@ -72,6 +73,8 @@ from apps.endpoints.serializers import (
     MLRequestSerializer,
     OutcomeSerializer,
     OutcomesFileSerializer,
+    PlanQuerySerializer,
+    PlanSerializer,
     RecordedSerializer,
     ReplayedSerializer,
     ReplaySerializer,
@@ -549,6 +552,14 @@ class ABTestViewSet(AddOnly):
     def report(self, request: Request, pk: str) -> Response:
         """How a test stands, or how it ended: both arms, whether they can be compared, the decision, day by day."""
         return Response(ReportSerializer(report.report(self.get_object(), now=timezone.now())).data)
+
+    @extend_schema(parameters=[PlanQuerySerializer], responses={200: PlanSerializer, 400: BAD_REQUEST}, filters=False)
+    @action(detail=False, pagination_class=None)
+    def plan(self, request: Request) -> Response:
+        """How many labelled customers, and days, each design needs to show that a challenger is better."""
+        query = PlanQuerySerializer(data=request.query_params)
+        query.is_valid(raise_exception=True)
+        return Response(PlanSerializer(planning.plan(**query.validated_data)).data)
 
 
 class ReplayView(Api, APIView):

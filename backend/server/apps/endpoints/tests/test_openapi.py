@@ -75,6 +75,7 @@ class TestTheDescription:
             ("GET", "/api/v1/abtests/{id}"),
             ("GET", "/api/v1/abtests/{id}/report"),
             ("POST", "/api/v1/abtests/replay"),
+            ("GET", "/api/v1/abtests/plan"),
             ("POST", "/api/v1/stop_ab_test/{id}"),
         }
 
