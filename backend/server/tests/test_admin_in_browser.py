@@ -129,6 +129,25 @@ def test_an_algorithm_is_promoted_and_its_page_shows_who_did_it(page, site):
     assert serving["name"] == "decision tree"
 
 
+def test_production_is_rolled_back_on_the_page_of_its_endpoint(page, site):
+    promote(page, "random forest")
+    promote(page, "decision tree")
+    page.goto("/admin/endpoints/endpoint/")
+    page.get_by_role("link", name="classifier").click()
+    page.get_by_role("link", name="Roll back production").click()
+    expect(page.get_by_text("Back to: random forest 1.0.0")).to_be_visible()
+    page.get_by_label("Reason").fill("Too many vouchers")
+    page.get_by_role("button", name="Roll back").click()
+
+    expect(
+        page.get_by_text("random forest 1.0.0 is in production again; decision tree 1.0.0 moved to testing.")
+    ).to_be_visible()
+    page.goto("/admin/endpoints/mlalgorithmstatus/")
+    expect(page.locator("tr.data-row").first).to_contain_text("Rollback: Too many vouchers")
+    (serving,) = site.get("/api/v1/mlalgorithms?status=production").json()
+    assert serving["name"] == "random forest"
+
+
 def test_an_algorithm_is_moved_by_the_buttons_of_its_page(page):
     page.goto("/admin/endpoints/mlalgorithm/")
     page.get_by_role("link", name="extra trees").click()
@@ -332,7 +351,8 @@ def test_every_page_fits_its_screen(browser, site, customer, width):
         "/admin/",
         *(f"/admin/endpoints/{model}/" for model in ("endpoint", "mlalgorithm", "mlalgorithmstatus", "abtest")),
         *("/admin/endpoints/mlrequest/", f"/admin/endpoints/mlrequest/{logged}/change/"),
-        *("/admin/endpoints/mlalgorithm/1/change/", "/admin/endpoints/abtest/add/"),
+        *("/admin/endpoints/endpoint/1/change/", "/admin/endpoints/mlalgorithm/1/change/"),
+        "/admin/endpoints/abtest/add/",
         *("/admin/endpoints/batchjob/", "/admin/endpoints/batchjob/add/", f"/admin/endpoints/batchjob/{job}/change/"),
         *("/admin/knox/authtoken/", "/admin/knox/authtoken/add/", "/admin/auth/user/", "/admin/auth/user/1/change/"),
     ]
