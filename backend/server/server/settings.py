@@ -165,6 +165,7 @@ SPECTACULAR_SETTINGS = {
     ],
     "ENUM_NAME_OVERRIDES": {
         "LifecycleStatus": "apps.endpoints.models.Status",
+        "Verdict": "apps.endpoints.models.Decision.Verdict",
         "Label": [("1", "1"), ("0", "0")],
         "AnswerStatus": ["OK"],
         "ErrorStatus": ["Error"],

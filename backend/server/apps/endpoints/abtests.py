@@ -14,7 +14,7 @@ from django.db import transaction
 from django.db.models import Count, F, Q
 
 from apps.endpoints import evidence, lifecycle, verdict
-from apps.endpoints.models import ABTest, Decision, MLAlgorithm, MLRequest, Status
+from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLAlgorithm, MLRequest, Status
 from apps.endpoints.verdict import Judgement
 from apps.ml.artifacts import ArtifactError
 from apps.ml.registry import registry
@@ -174,6 +174,9 @@ def stop(
         test = ABTest.objects.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2", "champion").get(pk=test.pk)
         if test.ended_at:
             return test, False
+        # What was told while this waited for the lock counts, and is dated by then.
+        newest_change = FeedbackChange.objects.order_by("-pk").values_list("created_at", flat=True).first()
+        now = max(now, newest_change or now)
         found = evidence.gather(test, now, only_for_verdict=True)
         judgement = verdict.judge(found)
         outcome = _outcome(test, judgement)

@@ -532,14 +532,7 @@ class TrainingSerializer(serializers.Serializer):
     data_sha256 = serializers.CharField(allow_null=True, help_text="Of the table that it was trained on.")
 
 
-class PairsSerializer(serializers.Serializer):
-    both = serializers.IntegerField(help_text="Customers of whom both were right.")
-    only_champion = serializers.IntegerField()
-    only_challenger = serializers.IntegerField()
-    neither = serializers.IntegerField()
-
-
-class DifferenceSerializer(serializers.Serializer):
+class ReplayedDifferenceSerializer(serializers.Serializer):
     estimate = serializers.FloatField(help_text="The challenger's accuracy minus the champion's.")
     low = serializers.FloatField(help_text="Of its anytime-valid interval.")
     high = serializers.FloatField()
@@ -556,10 +549,10 @@ class ReplayedSerializer(serializers.Serializer):
     compared = serializers.IntegerField(help_text="Customers on whom both are judged.")
     training = TrainingSerializer()
     pairs = PairsSerializer()
-    difference = DifferenceSerializer()
+    difference = ReplayedDifferenceSerializer()
     p = serializers.FloatField(help_text="Anytime-valid.")
     alpha = serializers.FloatField()
-    verdict = serializers.ChoiceField(Decision.Verdict.values)
+    verdict = serializers.ChoiceField(Decision.Verdict.choices)
     sentence = serializers.CharField()
 
 
