@@ -7,12 +7,13 @@ MANAGE := $(PYTHON) backend/server/manage.py
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help serve test test-sqlite test-postgresql admin train lint bench bench-batch soak clean \
+.PHONY: help serve test test-sqlite test-postgresql test-slow admin train lint bench bench-batch soak clean \
         python-is-new-enough port-is-free environment
 
 help:
 	@echo "make serve [PORT=8000]   train if needed, then serve on this machine"
 	@echo "make test                run every test"
+	@echo "make test-slow           run simulations and other long tests, and show what they measured"
 	@echo "make admin               create the first user of the admin pages"
 	@echo "make train [ARGS=...]    train a new version, for instance ARGS='--data my.csv --target Stayed'"
 	@echo "make lint                check style, imports between modules, and missing migrations"
@@ -42,6 +43,10 @@ test-sqlite: environment .venv/dev
 test-postgresql: environment .venv/dev
 	@echo "Tests on PostgreSQL"
 	@$(PYTHON) backend/server/tests/postgresql.py $(PYTEST) -m "not whole and not slow"
+
+# TESTS=path/of/a/test_file.py chooses.
+test-slow: environment .venv/dev
+	@$(PYTHON) -m pytest -q -m slow -rP $(TESTS)
 
 admin: environment .venv/runtime
 	@LOG_LEVEL=WARNING $(MANAGE) migrate --verbosity 0

@@ -13,7 +13,7 @@ from django.conf import settings
 from django.db import transaction
 from django.db.models import Count, F, Q
 
-from apps.endpoints import evidence, lifecycle, verdict
+from apps.endpoints import evidence, json_text, lifecycle, verdict
 from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLAlgorithm, MLRequest, Status
 from apps.endpoints.verdict import Judgement
 from apps.ml.artifacts import ArtifactError
@@ -143,9 +143,27 @@ def scores_of(tests: Iterable[ABTest]) -> dict[int, tuple[ArmScore, ArmScore]]:
     return {test.pk: (score(test, test.parent_mlalgorithm_1), score(test, test.parent_mlalgorithm_2)) for test in tests}
 
 
-def judge(test: ABTest, *, now: datetime) -> Judgement:
-    """What the evidence of a test says now; nothing is recorded."""
-    return verdict.judge(evidence.gather(test, now, only_for_verdict=True))
+def evaluate(test: ABTest, *, by: str, now: datetime) -> tuple[Judgement, bool]:
+    """What the evidence of a test says, and whether this call ended it: if that settles it, and it has `auto_apply`."""
+    judgement = verdict.judge(evidence.gather(test, now, only_for_verdict=True))
+    if not (test.auto_apply and judgement.is_settled):
+        return judgement, False
+    _, ended_now = stop(test, by=by, now=now)
+    return judgement, ended_now
+
+
+def recompute(decision: Decision) -> dict[str, tuple[Any, Any]]:
+    """What of a decision differs, as recorded and as made now, when it is made again from the log.
+
+    Purged requests change it, and in the counts of customers those that were being answered in its moment.
+    """
+    found = evidence.gather(decision.abtest, decision.decided_at, as_it_stood=True, only_for_verdict=True)
+    again = json_text.loads(json_text.dumps(verdict.record(found, verdict.judge(found))))
+    return {
+        name: (recorded, again[name])
+        for name, recorded in decision.evidence.items()
+        if name != "versions" and again[name] != recorded
+    }
 
 
 def stop(
@@ -162,8 +180,7 @@ def stop(
     `accuracy`: the more accurate on labelled requests goes to production, the other to testing; a tie, or an arm
     without labels, leaves production as it was when the test began. `evidence`: only the verdict PROMOTE moves
     production. Under both, a broken guardrail leaves the champion where it was. force: against the policy, for a
-    reason; promote: "champion" or "challenger", by default whichever the policy would not. Raises
-    ABTestError.
+    reason; promote: "champion" or "challenger", by default whichever the policy would not. Raises ABTestError.
     """
     if force and not reason.strip():
         raise ABTestError("Overruling a verdict takes a reason: send `reason` with `force`.")

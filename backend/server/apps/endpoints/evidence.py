@@ -238,12 +238,17 @@ def _days(customers: dict[date, tuple[int, int]], judged: Sequence[_Accumulated]
 
 
 # Where databases differ. {0} is an expression; days is of whole days.
-_DAY_OF = {"sqlite": "substr({0}, 1, 10)", "postgresql": "to_char(({0}) AT TIME ZONE 'UTC', 'YYYY-MM-DD')"}
+_DAY_OF = {
+    "sqlite": "substr({0}, 1, 10)",
+    "postgresql": "to_char(({0}) AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+    "mysql": "CAST(DATE({0}) AS CHAR)",
+}
 _LATER = {
     "sqlite": "strftime('%Y-%m-%d %H:%M:%f', {0}, '+{days} days')",
     "postgresql": "({0} + interval '{days} days')",
+    "mysql": "({0} + INTERVAL {days} DAY)",
 }
-_WHOLE = {"sqlite": "CAST({0} AS INTEGER)", "postgresql": "floor({0})::integer"}
+_WHOLE = {"sqlite": "CAST({0} AS INTEGER)", "postgresql": "floor({0})::integer", "mysql": "FLOOR({0})"}
 
 
 class _Log:
@@ -324,7 +329,7 @@ class _Log:
         return waiting
 
     def traffic(self, side: int) -> dict[str, int]:
-        """Requests answered, how many of them with label 1, and failures."""
+        """Requests answered, how many of them with label 1, and of a shadow's challenger how many it could not."""
         if side == CHALLENGER and self.is_paired:
             sql = f"""
                 SELECT COUNT(s.response), COALESCE(SUM(CASE WHEN s.response = '1' THEN 1 ELSE 0 END), 0),
@@ -336,10 +341,7 @@ class _Log:
             SELECT COUNT(*), COALESCE(SUM(CASE WHEN response = '1' THEN 1 ELSE 0 END), 0)
             FROM endpoints_mlrequest AS r WHERE {self._answered(side)}
         """
-        requests, positive = self._ask(sql)[0]
-        failed = "SELECT COUNT(*) FROM endpoints_shadowanswer WHERE abtest_id = {} AND failure <> ''"
-        ((failures,),) = self._ask(failed.format(self.test.pk)) if side == CHALLENGER else [(0,)]
-        return {"requests": requests, "positive": positive, "failures": failures}
+        return dict(zip(("requests", "positive"), self._ask(sql)[0], strict=True))
 
     def percentiles(self, side: int, requests: int) -> dict[int, float]:
         """Nearest-rank percentiles of the latency of all requests of an arm, in milliseconds."""

@@ -237,7 +237,7 @@ class ABTest(models.Model):
         null=True,
         blank=True,
         default=0.05,
-        help_text="Which share of the challenger's answers may fail.",
+        help_text="Of a shadow: which share of the challenger's answers may fail.",
         validators=[MinValueValidator(0), MaxValueValidator(1)],
     )
     guardrail_latency_p99_ms = models.FloatField(

@@ -139,7 +139,8 @@ def _split(
     reached = _share_reached(customers, boundary, lift, spread)
 
     def need(customers: float) -> Need:
-        arms = (math.ceil(customers * (1 - weight)), math.ceil(customers * weight))
+        # The normal approximation finds none at all enough for a small power in arms of very different sizes.
+        arms = (max(1, math.ceil(customers * (1 - weight))), max(1, math.ceil(customers * weight)))
         return Need(sum(arms), *arms, _days(sum(arms), per_day))
 
     return DesignNeeds(

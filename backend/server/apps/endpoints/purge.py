@@ -44,7 +44,6 @@ def purge(requests: RequestQuerySet) -> Iterator[Purged]:
             ids = list(chunk.values_list("pk", flat=True))
             if not ids:
                 return
-            changes, _ = FeedbackChange.objects.filter(request__in=ids).delete()
-            MLRequest.objects.filter(pk__in=ids).delete()
+            _, removed = MLRequest.objects.filter(pk__in=ids).delete()
         last = ids[-1]
-        yield Purged(len(ids), changes)
+        yield Purged(len(ids), removed.get(FeedbackChange._meta.label, 0))

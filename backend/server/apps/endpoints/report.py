@@ -15,7 +15,7 @@ from apps.endpoints.verdict import Comparison, Judgement
 
 def report(test: ABTest, *, now: datetime) -> dict[str, Any]:
     """The report of a test as it stands, or as it ended."""
-    evidence = gather(test, test.ended_at or now)
+    evidence = gather(test, test.ended_at or now, as_it_stood=test.ended_at is not None)
     judgement = verdict.judge(evidence)
     return {
         "abtest": test.pk,

@@ -153,6 +153,22 @@ def paired_p(wins: ArrayLike, k: float = PAIRED_K) -> float:
     return float(path[-1]) if len(path) else 1.0
 
 
+def paired_lead(wins: ArrayLike, k: float = PAIRED_K) -> int:
+    """Whom the look that gave `paired_p` was for: above 0 the challenger, below 0 the champion; 0 for none of both.
+
+    A p that was small for one of the two says nothing for the other, who may lead by now.
+    """
+    import numpy as np
+
+    wins = np.asarray(wins, dtype=bool)
+    if not len(wins):
+        return 0
+    b = np.cumsum(wins)
+    c = np.arange(1, len(wins) + 1) - b
+    strongest = int(np.argmax(paired_log_e(b, c, k)))
+    return int(b[strongest] - c[strongest])
+
+
 def paired_difference(only_challenger: int, only_champion: int, pairs: int, alpha: float) -> Difference | None:
     """The difference in accuracy, (b - c) / pairs, with an anytime-valid interval; None without pairs.
 

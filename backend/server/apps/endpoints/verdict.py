@@ -29,14 +29,15 @@ class Comparison:
     """Two algorithms on the customers whose outcome counts.
 
     difference: of the challenger's accuracy from the champion's, with an anytime-valid interval; None without labels.
-    p: anytime-valid. more_labels: how many more customers would make the difference significant if it stays as it is;
-    None when it is, or when nobody can say.
+    p: anytime-valid. lead: whom p speaks for, above 0 the challenger, below 0 the champion. more_labels: how many more
+    customers would make the difference significant if it stays as it is; None when it is, or when nobody can say.
     """
 
     counts: tuple[Counts, Counts]
     labelled: int
     difference: Difference | None
     p: float
+    lead: float
     more_labels: int | None
 
 
@@ -57,6 +58,11 @@ class Judgement:
     comparison: Comparison
     checks: Checks
     warnings: Sequence[str] = ()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether more outcomes are not to be waited for."""
+        return self.verdict not in (Decision.Verdict.HOLD, Decision.Verdict.CONTINUE)
 
 
 def judge(evidence: Evidence) -> Judgement:
@@ -81,8 +87,9 @@ def judge_pairs(
 ) -> Judgement:
     """The verdict on requests that were logged before, of which there will be no more. wins: as in `Evidence`."""
     comparison = compare_pairs(pairs, wins, alpha)
-    few = f"{pairs.total:,} of the {minimum:,} labelled customers that are needed" if pairs.total < minimum else ""
-    verdict, sentence = _on_accuracy(comparison, champion, challenger, alpha=alpha, too_few=few, is_at_horizon=False)
+    verdict, sentence = _on_accuracy(
+        comparison, champion, challenger, alpha=alpha, too_few=_too_few_pairs(pairs, minimum), is_at_horizon=False
+    )
     return Judgement(verdict, sentence, comparison, Checks())
 
 
@@ -101,6 +108,7 @@ def compare_pairs(pairs: Pairs, wins: Sequence[bool], alpha: float) -> Compariso
         pairs.total,
         statistics.paired_difference(won, lost, pairs.total, alpha) if pairs.total else None,
         p,
+        statistics.paired_lead(wins),
         None if p <= alpha else statistics.labels_to_settle_paired(won, lost, pairs.total, alpha),
     )
 
@@ -110,7 +118,8 @@ def _compare_arms(counts: tuple[Counts, Counts], alpha: float) -> Comparison:
     difference = statistics.split_difference(*numbers, alpha)
     p = difference.p if difference else 1.0
     more = None if p <= alpha else statistics.labels_to_settle_split(*numbers, alpha)
-    return Comparison(counts, sum(arm.labelled for arm in counts), difference, p, more)
+    lead = difference.estimate if difference else 0.0
+    return Comparison(counts, sum(arm.labelled for arm in counts), difference, p, lead, more)
 
 
 def day_by_day(evidence: Evidence) -> list[Comparison]:
@@ -185,10 +194,13 @@ def _too_few(evidence: Evidence) -> str:
     """How far the labels are from the minimum, in words; "" when there are enough."""
     minimum = evidence.test.minimum_labelled
     if evidence.is_paired:
-        found = evidence.pairs.total
-        return "" if found >= minimum else f"{found:,} of the {minimum:,} labelled customers that are needed"
+        return _too_few_pairs(evidence.pairs, minimum)
     fewest = min(arm.judged.labelled for arm in evidence.arms)
     return "" if fewest >= minimum else f"{fewest:,} of the {minimum:,} labelled customers that each arm needs"
+
+
+def _too_few_pairs(pairs: Pairs, minimum: int) -> str:
+    return "" if pairs.total >= minimum else f"{pairs.total:,} of the {minimum:,} labelled customers that are needed"
 
 
 def _on_accuracy(
@@ -207,9 +219,11 @@ def _on_accuracy(
     if difference is None:
         return Decision.Verdict.KEEP, f"Keep {champion}: the horizon is reached and there are no labels to compare."
     figures = f"{_accuracies(comparison)}; {_interval(difference, alpha)}, {_p(comparison.p)}"
-    if comparison.p <= alpha and difference.estimate > 0:
+    # Who was shown to be better and is so no longer is not promoted for it, nor is the other.
+    is_shown = comparison.p <= alpha and difference.estimate * comparison.lead > 0
+    if is_shown and comparison.lead > 0:
         return Decision.Verdict.PROMOTE, f"Promote {challenger}: {after} it is shown to be better ({figures})."
-    if comparison.p <= alpha and difference.estimate < 0:
+    if is_shown:
         return Decision.Verdict.KEEP, f"Keep {champion}: {after} it is shown to be better ({figures})."
     not_shown = f"Keep {champion}: {after} the challenger is not shown to be better ({figures})"
     if is_at_horizon:
@@ -236,7 +250,9 @@ def _accuracies(comparison: Comparison) -> str:
 
 def _interval(difference: Difference, alpha: float) -> str:
     low, high = 100 * difference.low, 100 * difference.high
-    return f"difference {100 * difference.estimate:+.1f} points, {1 - alpha:.0%} interval {low:+.1f} to {high:+.1f}"
+    return (
+        f"difference {100 * difference.estimate:+.1f} points, {100 * (1 - alpha):g}% interval {low:+.1f} to {high:+.1f}"
+    )
 
 
 def _p(p: float) -> str:
@@ -264,8 +280,7 @@ def _warnings(evidence: Evidence) -> list[str]:
 def beside_the_accuracy_rule(judgement: Judgement) -> str:
     """For those who promote the more accurate whatever the evidence: what it says."""
     comparison = judgement.comparison
-    is_open = judgement.verdict in (Decision.Verdict.HOLD, Decision.Verdict.CONTINUE)
-    if not is_open or comparison.difference is None:
+    if judgement.is_settled or comparison.difference is None:
         return f"The evidence says: {judgement.sentence}"
     more = comparison.more_labels
     needed = f", about {_rounded(more):,} more labels would settle it" if more is not None else ""

@@ -68,10 +68,24 @@ class ABTestAdmin(HistoryAdmin):
     add_button = "Start the test"
     add_fieldsets = ((None, {"fields": ("title", "parent_mlalgorithm_1", "parent_mlalgorithm_2")}),)
     fieldsets = (
-        (None, {"fields": ("state", "parent_endpoint", "created_by", "created_at", "ended_at", "summary")}),
+        (
+            None,
+            {
+                "fields": (
+                    "state",
+                    "design",
+                    "policy",
+                    "parent_endpoint",
+                    "created_by",
+                    "created_at",
+                    "ended_at",
+                    "summary",
+                )
+            },
+        ),
         ("Requests with a known outcome", {"fields": ("results",)}),
     )
-    readonly_fields = ("state", "parent_endpoint", "created_at", "ended_at", "summary", "results")
+    readonly_fields = ("state", "design", "policy", "parent_endpoint", "created_at", "ended_at", "summary", "results")
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return request.user.has_perm("endpoints.add_abtest")
@@ -115,8 +129,9 @@ class ABTestAdmin(HistoryAdmin):
         variant=ActionVariant.DANGER,
         dialog=dialog(
             "Stop the test?",
-            "The algorithm that was right more often, where the outcome is known, goes to production, the other to "
-            "testing. Without such a difference production stays as it was.",
+            "By the policy accuracy the algorithm that was right more often, where the outcome is known, goes to "
+            "production, the other to testing; by evidence only a challenger that is shown to be better does. Else "
+            "production stays as it was.",
             "Stop the test",
         ),
     )

@@ -58,7 +58,7 @@ class Migration(migrations.Migration):
         migrations.AddField(
             model_name='abtest',
             name='guardrail_error_rate',
-            field=models.FloatField(blank=True, default=0.05, help_text="Which share of the challenger's answers may fail.", null=True, validators=[django.core.validators.MinValueValidator(0), django.core.validators.MaxValueValidator(1)]),
+            field=models.FloatField(blank=True, default=0.05, help_text="Of a shadow: which share of the challenger's answers may fail.", null=True, validators=[django.core.validators.MinValueValidator(0), django.core.validators.MaxValueValidator(1)]),
         ),
         migrations.AddField(
             model_name='abtest',

@@ -161,6 +161,14 @@ class TestTwoEqualModels:
         assert 0.44 < promoted < 0.55
 
 
+@pytest.fixture(scope="module")
+def medians() -> dict[str, float]:
+    """Labelled customers until the challenger is promoted, 80% against 82%, with 8% disagreement."""
+    split = Split(0.80, 0.82, 300, seed=20260105).by_evidence()
+    shadow = Shadow(0.02, 0.08, 30, seed=20260106).by_evidence()
+    return {"split": float(np.median(split.at)), "shadow": float(np.median(shadow.at))}
+
+
 class TestABetterChallenger:
     def test_by_five_points_is_promoted_in_most_tests(self, tell):
         split = Split(0.75, 0.80, seed=20260103).by_evidence()
@@ -171,18 +179,12 @@ class TestABetterChallenger:
         assert split.promoted > 0.9
         assert shadow.promoted > 0.9
 
-    @pytest.fixture(scope="class")
-    def medians(self) -> dict[str, float]:
-        """Labelled customers until the challenger is promoted, 80% against 82%, with 8% disagreement."""
-        split = Split(0.80, 0.82, 300, seed=20260105).by_evidence()
-        shadow = Shadow(0.02, 0.08, 30, seed=20260106).by_evidence()
-        return {"split": float(np.median(split.at)), "shadow": float(np.median(shadow.at))}
-
     def test_is_found_with_several_times_fewer_labels_in_pairs(self, tell, medians):
         for design, median in medians.items():
             tell(f"{design}, 80% against 82%: labelled customers, median", median)
 
-        assert medians["split"] == pytest.approx(11_800, rel=0.15)
+        assert medians["split"] == pytest.approx(11_800, rel=0.1)
+        # Looked at after every 200 pairs, half of the tests have ended at 1,400 or at 1,600, by the seed.
         assert medians["shadow"] == pytest.approx(1_600, rel=0.15)
         assert medians["split"] > 5 * medians["shadow"]
 
@@ -198,4 +200,4 @@ class TestABetterChallenger:
             for share, planned in ((0.5, needs.anytime_valid_median), (0.8, needs.anytime_valid)):
                 taken = float(np.quantile(ends, share, method="lower"))
                 tell(f"{design}, {baseline} + {lift}, {share:.0%} of tests: planned {planned.labelled}, taken", taken)
-                assert taken == pytest.approx(planned.labelled, rel=0.15)
+                assert taken == pytest.approx(planned.labelled, rel=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apps.endpoints import planning, statistics
@@ -116,6 +116,7 @@ class TestWhatATestNeeds:
 
     @settings(deadline=None, max_examples=60)
     @given(SHARES, SHARES, SHARES, st.floats(1e-6, 0.5), SHARES, st.floats(0.01, 0.99))
+    @example(0.001, 0.226, 0.999, 2.2e-6, 0.001, 0.01)
     def test_can_be_said_of_whatever_can_be(self, baseline, lift, disagreement, alpha, power, weight):
         try:
             plan = planning.plan(baseline, lift, disagreement, alpha, power, 100, weight)

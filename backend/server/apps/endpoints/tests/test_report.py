@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from io import StringIO
 
 import pytest
+from django.core.management import CommandError, call_command
 from django.db import IntegrityError, InternalError, connection, transaction
 from django.utils import timezone
 
-from apps.endpoints import evidence, verdict
+from apps.endpoints import evidence
 from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLRequest, ShadowAnswer
 from apps.endpoints.statistics import split_difference
 from conftest import status_of
@@ -76,6 +79,16 @@ def report(api, test) -> dict:
     response = api.get(f"{ABTESTS}/{test.pk}/report")
     assert response.status_code == 200, response.content
     return response.json()
+
+
+def evaluated() -> str:
+    call_command("evaluate_abtests", stdout=(said := StringIO()))
+    return said.getvalue()
+
+
+def recomputed(test: ABTest) -> str:
+    call_command("recompute_decision", str(test.pk), stdout=(said := StringIO()))
+    return said.getvalue()
 
 
 def stop(api, test, **body) -> dict:
@@ -159,6 +172,19 @@ class TestAReport:
         assert (told["champion"]["customers"], told["champion"]["labelled"]) == (20, 10)
         assert [day["labelled"] for day in told["days"]][-1] == [10, 0]
         assert told["days"][1]["day"] == "2026-01-31"
+
+    def test_whom_early_evidence_was_for_is_not_forgotten(self, api, champion, challenger):
+        test = begin(api, champion, challenger, design="shadow")
+        lost, won = log(test, champion, 60, 60), log(test, champion, 100, 0)
+        shadow(lost, test, right=0)
+        shadow(won, test, right=0)
+        ShadowAnswer.objects.filter(request__in=won).update(response="0")
+
+        told = report(api, test)
+
+        assert told["difference"]["p"] < 0.001  # the champion alone was right sixty times in a row
+        assert told["difference"]["estimate"] > 0  # and then the challenger a hundred times
+        assert told["decision"]["verdict"] == "CONTINUE"
 
     def test_of_a_shadow_has_the_pairs(self, api, champion, challenger):
         test = begin(api, champion, challenger, design="shadow")
@@ -352,6 +378,32 @@ class TestStoppingByTheEvidence:
         assert "Not yet supported by the evidence: p = " in told["summary"]
 
 
+class TestEvaluating:
+    """manage.py evaluate_abtests"""
+
+    @pytest.mark.parametrize("auto_apply", [True, False])
+    def test_stops_what_is_settled_if_that_was_planned(self, api, champion, challenger, auto_apply):
+        test = begin(api, champion, challenger, auto_apply=auto_apply)
+        log(test, champion, 400, 300)
+        log(test, challenger, 400, 380)
+
+        said = evaluated()
+
+        assert f"{test.pk}, T: PROMOTE. Promote extra trees 1.0.0: after 800 labelled customers" in said
+        assert ("The test is stopped." in said) is auto_apply
+        assert status_of(challenger) == ("production" if auto_apply else "ab_testing")
+
+    def test_leaves_alone_what_is_open(self, api, champion, challenger):
+        test = begin(api, champion, challenger, auto_apply=True)
+        log(test, champion, 10, 5)
+
+        assert "HOLD. Wait: there are 0 of the 100 labelled customers that each arm needs." in evaluated()
+        assert ABTest.objects.running().filter(pk=test.pk).exists()
+
+    def test_of_no_test_says_nothing(self, api, champion):
+        assert evaluated() == ""
+
+
 class TestADecision:
     def stopped(self, api, champion, challenger) -> ABTest:
         test = begin(api, champion, challenger, design="shadow")
@@ -375,12 +427,21 @@ class TestADecision:
             )
             MLRequest.objects.filter(pk=request.pk).update(feedback=changed, acted_on=True)
 
-        found = evidence.gather(test, test.decision.decided_at, as_it_stood=True, only_for_verdict=True)
-        again = verdict.record(found, verdict.judge(found))
+        assert "The same as recorded: PROMOTE" in recomputed(test)
+        assert report(api, test)["pairs"] == recorded["pairs"]
+        now = evidence.gather(test, later, only_for_verdict=True)
+        assert asdict(now.pairs) != recorded["pairs"]
 
-        assert {**again, "as_of": None} == {**recorded, "as_of": None}
-        now = evidence.gather(test, timezone.now(), only_for_verdict=True)
-        assert now.pairs != found.pairs
+    def test_that_cannot_be_made_again_says_what_differs(self, api, champion, challenger):
+        test = self.stopped(api, champion, challenger)
+        MLRequest.objects.filter(abtest=test)[0].delete()
+
+        with pytest.raises(CommandError, match=r"differs:[\s\S]*pairs: recorded .* now "):
+            recomputed(test)
+
+    def test_of_a_test_without_one_cannot_be_made_again(self, api, champion, challenger):
+        with pytest.raises(CommandError, match="has no decision"):
+            recomputed(begin(api, champion, challenger))
 
     def test_is_never_changed(self, api, champion, challenger):
         if connection.vendor not in ("sqlite", "postgresql"):
