@@ -16,6 +16,7 @@ from unfold.admin import ModelAdmin
 from unfold.contrib.filters.admin import RadioFilter, RelatedDropdownFilter
 from unfold.paginator import InfinitePaginator
 from unfold.views import ChangeList
+from unfold.widgets import UnfoldAdminSelectWidget
 
 from apps.endpoints import feedback, outcomes
 from apps.endpoints.admin.history import DayFilter, HistoryAdmin, HistoryInline, badge, table
@@ -56,6 +57,7 @@ class OutcomeForm(forms.ModelForm):
         coerce=outcomes.read_acted_on,
         empty_value=None,
         required=False,
+        widget=UnfoldAdminSelectWidget,
         help_text="Whether something was done for the customer because of the answer.",
     )
 
