@@ -6,6 +6,7 @@ from typing import Any
 
 from django import forms
 from django.contrib import admin, messages
+from django.core.exceptions import ValidationError
 from django.db.models import F, ForeignKey
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import reverse
@@ -15,12 +16,18 @@ from django.utils.safestring import SafeString
 from unfold.dataclasses import UnfoldAction
 from unfold.decorators import action
 from unfold.enums import ActionVariant
+from unfold.forms import BaseDialogForm
 from unfold.views import ChangeList
+from unfold.widgets import UnfoldAdminSelectWidget, UnfoldAdminTextareaWidget
 
 from apps.endpoints import abtests
 from apps.endpoints.abtests import ABTestError, ArmScore
 from apps.endpoints.admin.history import HistoryAdmin, badge, dialog, done, link_to, share, table
 from apps.endpoints.models import ABTest, MLAlgorithm, Status
+
+PLAN = ("design", "policy", "weight", "minimum_labelled", "horizon_days", "horizon_labelled", "maturity_days")
+RULES = ("alpha", "promote_to", "auto_apply")
+GUARDRAILS = ("guardrail_error_rate", "guardrail_latency_p99_ms", "guardrail_label_shift")
 
 
 class StartForm(forms.ModelForm):
@@ -28,19 +35,63 @@ class StartForm(forms.ModelForm):
 
     asker = ""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if "policy" in self.fields:
+            self.initial["policy"] = ABTest.Policy.EVIDENCE
+            self.initial["maturity_days"] = None
+            self.fields["maturity_days"].required = False
+            self.fields["maturity_days"].help_text += " Empty: as long as the endpoint says."
+
     def _post_clean(self) -> None:
         # In place of the model's own checks, whose messages name constraints of the database.
+        told = self.cleaned_data
+        plan = {name: told[name] for name in (*PLAN, *RULES, *GUARDRAILS) if name in told}
+        for name, value in plan.items():
+            try:
+                ABTest._meta.get_field(name).run_validators(value)
+            except ValidationError as error:
+                self.add_error(name, error)
         if self.errors:
             return
-        told = self.cleaned_data
+        if plan["maturity_days"] is None:
+            del plan["maturity_days"]
         try:
             self.instance = abtests.start(
                 *(told["title"], told["parent_mlalgorithm_1"], told["parent_mlalgorithm_2"]),
                 by=self.asker,
                 now=timezone.now(),
+                **plan,
             )
         except ABTestError as error:
             self.add_error(None, str(error))
+
+
+class StopForm(BaseDialogForm):
+    """Left as it is, the test's policy decides."""
+
+    promote = forms.ChoiceField(
+        label="Who goes to production",
+        required=False,
+        choices=[
+            ("", "whom the test's policy chooses"),
+            ("champion", "the champion, whatever the policy says"),
+            ("challenger", "the challenger, whatever the policy says"),
+        ],
+        widget=UnfoldAdminSelectWidget,
+    )
+    reason = forms.CharField(
+        required=False,
+        max_length=2_000,
+        help_text="Needed to overrule the policy; it is recorded.",
+        widget=UnfoldAdminTextareaWidget({"rows": 3}),
+    )
+
+    def clean(self) -> dict[str, Any]:
+        told = super().clean()
+        if told.get("promote") and not told.get("reason"):
+            self.add_error("reason", "Overruling the policy takes a reason.")
+        return told
 
 
 class AlgorithmField(forms.ModelChoiceField):
@@ -66,26 +117,18 @@ class ABTestAdmin(HistoryAdmin):
     actions_row = actions_detail = ("stop",)
     form = StartForm
     add_button = "Start the test"
-    add_fieldsets = ((None, {"fields": ("title", "parent_mlalgorithm_1", "parent_mlalgorithm_2")}),)
-    fieldsets = (
-        (
-            None,
-            {
-                "fields": (
-                    "state",
-                    "design",
-                    "policy",
-                    "parent_endpoint",
-                    "created_by",
-                    "created_at",
-                    "ended_at",
-                    "summary",
-                )
-            },
-        ),
-        ("Requests with a known outcome", {"fields": ("results",)}),
+    add_fieldsets = (
+        (None, {"fields": ("title", "parent_mlalgorithm_1", "parent_mlalgorithm_2")}),
+        ("Plan, fixed for the life of the test", {"fields": PLAN}),
+        ("How sure, and what then", {"fields": RULES, "classes": ("collapse",)}),
+        ("Guardrails: what ends the test in favour of the champion", {"fields": GUARDRAILS, "classes": ("collapse",)}),
     )
-    readonly_fields = ("state", "design", "policy", "parent_endpoint", "created_at", "ended_at", "summary", "results")
+    fieldsets = (
+        (None, {"fields": ("state", "parent_endpoint", "created_by", "created_at", "ended_at", "summary")}),
+        ("Requests with a known outcome", {"fields": ("results",)}),
+        ("Plan", {"fields": (*PLAN, *RULES, *GUARDRAILS), "classes": ("collapse",)}),
+    )
+    readonly_fields = ("state", "parent_endpoint", "created_at", "ended_at", "summary", "results")
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return request.user.has_perm("endpoints.add_abtest")
@@ -117,9 +160,13 @@ class ABTestAdmin(HistoryAdmin):
         """The form has done it."""
 
     def response_add(self, request: HttpRequest, obj: ABTest, post_url_continue: str | None = None) -> HttpResponse:
-        shared = "Production requests are" if obj.champion else "Requests with status=ab_testing are"
-        arms = f"{obj.parent_mlalgorithm_1} and {obj.parent_mlalgorithm_2}"
-        messages.success(request, f"{obj.title} is running. {shared} shared by {arms}.")
+        asked = "Production requests are" if obj.champion else "Requests with status=ab_testing are"
+        champion, challenger = obj.arms
+        if obj.design == ABTest.Design.SHADOW:
+            how = f"answered by {champion}, and scored by {challenger} unseen"
+        else:
+            how = f"shared by {champion} and {challenger}"
+        messages.success(request, f"{obj.title} is running. {asked} {how}.")
         return HttpResponseRedirect(reverse("admin:endpoints_abtest_change", args=[obj.pk]))
 
     @action(
@@ -133,11 +180,20 @@ class ABTestAdmin(HistoryAdmin):
             "production, the other to testing; by evidence only a challenger that is shown to be better does. Else "
             "production stays as it was.",
             "Stop the test",
+            StopForm,
         ),
     )
     def stop(self, request: HttpRequest, form: forms.Form, object_id: str) -> HttpResponse:
         test = self.existing(request, object_id)
-        test, ended_now = abtests.stop(test, by=request.user.get_username(), now=timezone.now())
+        promote, reason = form.cleaned_data["promote"], form.cleaned_data["reason"]
+        test, ended_now = abtests.stop(
+            test,
+            by=request.user.get_username(),
+            now=timezone.now(),
+            force=bool(promote),
+            reason=reason,
+            promote=promote,
+        )
         if ended_now:
             messages.success(request, f"{test.title} is stopped. {test.summary}")
         else:

@@ -19,7 +19,7 @@ from knox.models import AuthToken
 from rest_framework.test import APIClient
 
 from apps.endpoints import abtests, lifecycle
-from apps.endpoints.models import ABTest, BatchJob, MLAlgorithm, MLAlgorithmStatus, MLRequest
+from apps.endpoints.models import ABTest, BatchJob, Endpoint, MLAlgorithm, MLAlgorithmStatus, MLRequest
 from conftest import status_of
 
 PAGES = ("endpoint", "mlalgorithm", "mlalgorithmstatus", "mlrequest", "batchjob", "abtest")
@@ -441,9 +441,13 @@ def test_who_may_only_view_requests_writes_no_outcome(staff, algorithms):
 
 
 # --- A/B tests --------------------------------------------------------------------------------------------
-def start_test(client: Client, first: MLAlgorithm, second: MLAlgorithm):
-    arms = {"parent_mlalgorithm_1": first.pk, "parent_mlalgorithm_2": second.pk}
-    return client.post(page("abtest") + "add/", {"title": "Spring", **arms})
+def start_test(client: Client, first: MLAlgorithm, second: MLAlgorithm, **plan: object):
+    """Send the form as it comes, but for the plan that is named."""
+    shown = client.get(page("abtest") + "add/").context["adminform"].form
+    asked = {field.html_name: field.value() for field in shown}
+    asked |= {"title": "Spring", "parent_mlalgorithm_1": first.pk, "parent_mlalgorithm_2": second.pk, **plan}
+    told = {name: value for name, value in asked.items() if value not in (None, False)}
+    return client.post(page("abtest") + "add/", told)
 
 
 def test_a_test_is_started_by_its_form(admin_client, algorithms):
@@ -456,6 +460,52 @@ def test_a_test_is_started_by_its_form(admin_client, algorithms):
     ]
     assert test.created_by == "admin"
     assert status_of(algorithms["random_forest"]) == status_of(algorithms["extra_trees"]) == "ab_testing"
+
+
+def test_the_form_preselects_evidence_and_leaves_the_maturity_to_the_endpoint(admin_client, algorithms):
+    Endpoint.objects.update(maturity_days=14)
+    start_test(admin_client, algorithms["random_forest"], algorithms["extra_trees"])
+
+    test = ABTest.objects.get()
+    assert (test.policy, test.design, test.weight, test.maturity_days) == ("evidence", "split", 0.5, 14)
+    assert (test.guardrail_error_rate, test.guardrail_label_shift) == (0.05, None)
+
+
+def test_the_form_takes_the_whole_plan(admin_client, algorithms):
+    plan = {
+        **{"design": "shadow", "policy": "accuracy", "weight": 0.2, "alpha": 0.01, "minimum_labelled": 500},
+        **{"horizon_days": 30, "horizon_labelled": 4000, "maturity_days": 7, "promote_to": "production"},
+        **{"auto_apply": True, "guardrail_latency_p99_ms": 20.0, "guardrail_label_shift": 0.1},
+    }
+    response = start_test(
+        admin_client, algorithms["random_forest"], algorithms["extra_trees"], **plan, guardrail_error_rate=""
+    )
+
+    test = ABTest.objects.get()
+    assert {name: getattr(test, name) for name in plan} == plan
+    assert test.guardrail_error_rate is None
+    assert said_by(response)[-1].endswith("answered by random forest 1.0.0, and scored by extra trees 1.0.0 unseen.")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("weight", "1", "less than or equal to 0.999"),
+        ("weight", "", "This field is required."),
+        ("weight", "nan", "Enter a number."),
+        ("alpha", "0.9", "less than or equal to 0.5"),
+        ("minimum_labelled", "0", "greater than or equal to 1"),
+        ("horizon_days", "-3", "greater than or equal to"),
+        ("guardrail_error_rate", "2", "less than or equal to 1"),
+        ("policy", "luck", "not one of the available choices"),
+    ],
+)
+def test_a_plan_out_of_bounds_is_refused_beside_its_field(admin_client, algorithms, field, value, message):
+    response = start_test(admin_client, algorithms["random_forest"], algorithms["extra_trees"], **{field: value})
+
+    (problem,) = response.context["adminform"].form.errors[field]
+    assert message in problem
+    assert not ABTest.objects.exists()
 
 
 def test_a_test_that_is_refused_is_explained_in_the_form(admin_client, algorithms):
@@ -480,7 +530,7 @@ def test_the_form_offers_no_retired_algorithm(admin_client, algorithms):
 
 
 def test_a_running_test_shows_how_it_goes_and_is_stopped(admin_client, algorithms):
-    start_test(admin_client, algorithms["random_forest"], algorithms["extra_trees"])
+    start_test(admin_client, algorithms["random_forest"], algorithms["extra_trees"], policy="accuracy")
     test = ABTest.objects.get()
     log(algorithms["random_forest"], 1, feedback="1", abtest=test)
     log(algorithms["random_forest"], 1, feedback="0", abtest=test)
@@ -502,6 +552,21 @@ def test_a_running_test_shows_how_it_goes_and_is_stopped(admin_client, algorithm
     ended = admin_client.get(page("abtest", test))
     assert "Ended" in text_of(ended)
     assert page("abtest", test, "stop") not in ended.content.decode()
+
+
+def test_stopping_may_overrule_the_policy_for_a_reason(admin_client, algorithms):
+    start_test(admin_client, algorithms["random_forest"], algorithms["extra_trees"])
+    test = ABTest.objects.get()
+
+    refused = confirm(admin_client, "abtest", test, "stop", promote="challenger")
+    assert "Overruling the policy takes a reason." in text_of(refused)
+    test.refresh_from_db()
+    assert test.ended_at is None
+
+    said = said_by(confirm(admin_client, "abtest", test, "stop", promote="challenger", reason="A new law."))[-1]
+    assert "Overruled by admin in favour of extra trees 1.0.0: A new law." in said
+    assert status_of(algorithms["extra_trees"]) == "production"
+    assert (test.decision.forced, test.decision.reason) == (True, "A new law.")
 
 
 def test_stopping_twice_says_so(admin_client, algorithms):
