@@ -176,6 +176,17 @@ def test_a_test_is_started_and_stopped(page):
     page.select_option("[name=parent_mlalgorithm_2]", trees)
     page.get_by_role("button", name="Start the test").click()
     expect(page.get_by_text("Forest or trees? is running.")).to_be_visible()
+    page.get_by_role("link", name="Report").click()
+    expect(page.get_by_text("Wait: there are 0 of the 100 labelled customers that each arm needs.")).to_be_visible()
+    drawn = page.locator(".report-charts img").evaluate_all("charts => charts.map(chart => chart.naturalWidth > 300)")
+    assert drawn == [True, True, True]
+    for width in (390, 1000, 1400):
+        page.set_viewport_size({"width": width, "height": 850})
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    with page.expect_download() as slide:
+        page.get_by_role("link", name="Download for slides").click()
+    assert Path(slide.value.path()).read_bytes().startswith(b"\x89PNG")
+    page.get_by_role("link", name="Back to the test").click()
     page.get_by_role("link", name="Stop").click()
     page.get_by_role("button", name="Stop the test").click()
     expect(page.get_by_text("Forest or trees? is stopped.")).to_be_visible()

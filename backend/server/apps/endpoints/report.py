@@ -22,6 +22,7 @@ def report(test: ABTest, *, now: datetime) -> dict[str, Any]:
         "title": test.title,
         "design": test.design,
         "policy": test.policy,
+        "alpha": test.alpha,
         "as_of": evidence.as_of,
         "ended_at": test.ended_at,
         "decision": {

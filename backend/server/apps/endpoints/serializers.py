@@ -416,6 +416,7 @@ class ReportSerializer(serializers.Serializer):
     title = serializers.CharField()
     design = serializers.ChoiceField(ABTest.Design.choices)
     policy = serializers.ChoiceField(ABTest.Policy.choices)
+    alpha = serializers.FloatField(help_text="Intervals hold with a certainty of 1 - alpha.")
     as_of = serializers.DateTimeField()
     ended_at = serializers.DateTimeField(allow_null=True)
     decision = ReportDecisionSerializer(help_text="What the evidence says; how a test was ended is told by the test.")

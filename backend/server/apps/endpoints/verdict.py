@@ -234,10 +234,10 @@ def _on_accuracy(
 def what_would_settle(comparison: Comparison) -> str:
     if comparison.more_labels is None:
         return "the difference is too small to say how many more would settle it"
-    return f"about {_rounded(comparison.more_labels):,} more are expected to settle it"
+    return f"about {rounded(comparison.more_labels):,} more are expected to settle it"
 
 
-def _rounded(count: int) -> int:
+def rounded(count: int) -> int:
     """To two digits: an expectation is no better known."""
     digits = max(len(str(count)) - 2, 0)
     return round(count, -digits)
@@ -283,7 +283,7 @@ def beside_the_accuracy_rule(judgement: Judgement) -> str:
     if judgement.is_settled or comparison.difference is None:
         return f"The evidence says: {judgement.sentence}"
     more = comparison.more_labels
-    needed = f", about {_rounded(more):,} more labels would settle it" if more is not None else ""
+    needed = f", about {rounded(more):,} more labels would settle it" if more is not None else ""
     return f"Not yet supported by the evidence: {_p(comparison.p)}{needed}."
 
 

@@ -35,6 +35,7 @@ from apps.endpoints import (
     abtests,
     batch,
     batch_jobs,
+    charts,
     feedback,
     json_text,
     lifecycle,
@@ -479,6 +480,12 @@ def download(contents: tuple[int | None, Iterator[bytes]], file_name: str) -> St
     return response
 
 
+def picture(png: bytes, file_name: str) -> HttpResponse:
+    response = HttpResponse(png, content_type="image/png")
+    response.headers["Content-Disposition"] = content_disposition_header(as_attachment=False, filename=file_name)
+    return response
+
+
 PARQUET_TYPE = "application/vnd.apache.parquet"
 NO_FILE = {404: ErrorSerializer, 409: ErrorSerializer, 410: ErrorSerializer}
 
@@ -552,6 +559,13 @@ class ABTestViewSet(AddOnly):
     def report(self, request: Request, pk: str) -> Response:
         """How a test stands, or how it ended: both arms, whether they can be compared, the decision, day by day."""
         return Response(ReportSerializer(report.report(self.get_object(), now=timezone.now())).data)
+
+    @extend_schema(responses={(200, "image/png"): bytes, 404: ErrorSerializer})
+    @action(detail=True, url_path=r"report\.png")
+    def slide(self, request: Request, pk: str) -> HttpResponse:
+        """The decision and its plots as a picture of 1920 by 1080 pixels, for slides."""
+        test = self.get_object()
+        return picture(charts.slide(report.report(test, now=timezone.now())), f"abtest-{test.pk}.png")
 
     @extend_schema(parameters=[PlanQuerySerializer], responses={200: PlanSerializer, 400: BAD_REQUEST}, filters=False)
     @action(detail=False, pagination_class=None)

@@ -6,10 +6,11 @@ from typing import Any
 
 from django import forms
 from django.contrib import admin, messages
-from django.core.exceptions import ValidationError
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.db.models import F, ForeignKey
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
-from django.urls import reverse
+from django.template.response import TemplateResponse
+from django.urls import URLPattern, path, reverse
 from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
@@ -20,10 +21,12 @@ from unfold.forms import BaseDialogForm
 from unfold.views import ChangeList
 from unfold.widgets import UnfoldAdminSelectWidget, UnfoldAdminTextareaWidget
 
-from apps.endpoints import abtests
+from apps.endpoints import abtests, charts, report
 from apps.endpoints.abtests import ABTestError, ArmScore
+from apps.endpoints.admin import report_page
 from apps.endpoints.admin.history import HistoryAdmin, badge, dialog, done, link_to, share, table
 from apps.endpoints.models import ABTest, MLAlgorithm, Status
+from apps.endpoints.views import picture
 
 PLAN = ("design", "policy", "weight", "minimum_labelled", "horizon_days", "horizon_labelled", "maturity_days")
 RULES = ("alpha", "promote_to", "auto_apply")
@@ -114,7 +117,7 @@ class ABTestAdmin(HistoryAdmin):
     list_select_related = ("parent_mlalgorithm_1", "parent_mlalgorithm_2", "parent_endpoint")
     sortable_by = ()
     ordering = (F("ended_at").desc(nulls_first=True), "-id")
-    actions_row = actions_detail = ("stop",)
+    actions_row = actions_detail = ("report", "stop")
     form = StartForm
     add_button = "Start the test"
     add_fieldsets = (
@@ -141,7 +144,8 @@ class ABTestAdmin(HistoryAdmin):
 
     def get_actions_detail(self, request: HttpRequest, object_id: str) -> list[UnfoldAction]:
         test = self.get_object(request, object_id)
-        return [] if test is None or test.ended_at else super().get_actions_detail(request, object_id)
+        actions = super().get_actions_detail(request, object_id)
+        return [one for one in actions if test and not (test.ended_at and one.dialog)]
 
     def get_form(self, request: HttpRequest, obj: ABTest | None = None, **kwargs: Any) -> type[forms.ModelForm]:
         form = super().get_form(request, obj, **kwargs)
@@ -168,6 +172,27 @@ class ABTestAdmin(HistoryAdmin):
             how = f"shared by {champion} and {challenger}"
         messages.success(request, f"{obj.title} is running. {asked} {how}.")
         return HttpResponseRedirect(reverse("admin:endpoints_abtest_change", args=[obj.pk]))
+
+    @action(description="Report", icon="insights", permissions=("view",), variant=ActionVariant.PRIMARY)
+    def report(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        test = self.existing(request, object_id)
+        context = {
+            **self.admin_site.each_context(request),
+            "title": f"{test.title}: report",
+            "opts": self.opts,
+            "report": report_page.shown(test, report.report(test, now=timezone.now())),
+        }
+        return TemplateResponse(request, "endpoints/admin/abtest_report.html", context)
+
+    def get_urls(self) -> list[URLPattern]:
+        slide = self.admin_site.admin_view(self.slide_view)
+        return [path("<int:pk>/report.png", slide, name="endpoints_abtest_slide"), *super().get_urls()]
+
+    def slide_view(self, request: HttpRequest, pk: int) -> HttpResponse:
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        test = self.existing(request, str(pk))
+        return picture(charts.slide(report.report(test, now=timezone.now())), f"abtest-{pk}.png")
 
     @action(
         description="Stop",

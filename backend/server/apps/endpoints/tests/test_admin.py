@@ -12,6 +12,7 @@ from django.contrib.messages import get_messages
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
 from django.utils import timezone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -575,6 +576,53 @@ def test_stopping_twice_says_so(admin_client, algorithms):
     confirm(admin_client, "abtest", test, "stop")
 
     assert said_by(confirm(admin_client, "abtest", test, "stop"))[-1].startswith("Spring had been stopped before.")
+
+
+def test_the_report_of_a_test_is_a_page_with_its_plots_and_a_slide(admin_client, algorithms):
+    test = abtests.start("Spring", algorithms["random_forest"], algorithms["extra_trees"], by="ada", now=timezone.now())
+    known = {"abtest": test, "labelled_at": timezone.now()}
+    log(algorithms["random_forest"], 4, feedback="1", **known)
+    log(algorithms["extra_trees"], 4, feedback="0", **known)
+
+    shown = admin_client.get(page("abtest", test, "report"))
+    slide = admin_client.get(shown.context["report"]["slide_url"])
+
+    text = text_of(shown)
+    assert "Too early to say" in text
+    assert "Wait: there are 4 of the 100 labelled customers that each arm needs." in text
+    assert "Right: random forest 1.0.0 100.0%" in text
+    assert "Champion: random forest 1.0.0 Challenger: extra trees 1.0.0" in text
+    assert "Customers with a known outcome 4 (100.0%) 4 (100.0%)" in text
+    assert "Customers by arm, planned 50% and 50% 4 and 4 as expected" in text
+    assert shown.content.count(b'src="data:image/svg+xml;base64,') == 3
+    assert slide["Content-Type"] == "image/png"
+
+
+def test_the_report_of_a_test_that_ended_says_how(admin_client, algorithms):
+    test = abtests.start(
+        *("Spring", algorithms["random_forest"], algorithms["extra_trees"]),
+        **{"by": "ada", "now": timezone.now(), "design": "shadow"},
+    )
+    test, _ = abtests.stop(test, by="ada", now=timezone.now())
+
+    text = text_of(admin_client.get(page("abtest", test, "report")))
+
+    assert f"How it ended: {test.summary}" in text
+    assert "The same customers, by who was right Challenger right Challenger wrong Champion right 0 0" in text
+    assert "Can the two be compared?" not in text
+
+
+def test_who_may_not_view_tests_sees_no_report(staff, algorithms):
+    test = abtests.start("Spring", algorithms["random_forest"], algorithms["extra_trees"], by="ada", now=timezone.now())
+    addresses = [reverse(f"admin:endpoints_abtest_{name}", args=[test.pk]) for name in ("report", "slide")]
+
+    client = staff("view_abtest")
+    for address in addresses:
+        assert client.get(address).status_code == 200
+        assert client.get(address.replace(str(test.pk), "999")).status_code == 404
+    client.force_login(User.objects.create_user("eve", is_staff=True))
+    for address in addresses:
+        assert client.get(address).status_code == 403
 
 
 def test_starting_and_stopping_need_a_permission(staff, algorithms):

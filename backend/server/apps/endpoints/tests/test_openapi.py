@@ -74,6 +74,7 @@ class TestTheDescription:
             ("POST", "/api/v1/abtests"),
             ("GET", "/api/v1/abtests/{id}"),
             ("GET", "/api/v1/abtests/{id}/report"),
+            ("GET", "/api/v1/abtests/{id}/report.png"),
             ("POST", "/api/v1/abtests/replay"),
             ("GET", "/api/v1/abtests/plan"),
             ("POST", "/api/v1/stop_ab_test/{id}"),
@@ -167,6 +168,7 @@ def existing(api, algorithms, customer) -> dict[str, int | str]:
         "/api/v1/mlrequests/{id}": answer["request_id"],
         "/api/v1/abtests/{id}": test,
         "/api/v1/abtests/{id}/report": test,
+        "/api/v1/abtests/{id}/report.png": test,
         "/api/v1/stop_ab_test/{id}": test,
     }
 

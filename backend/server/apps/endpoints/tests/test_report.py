@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from io import StringIO
@@ -11,8 +13,9 @@ from django.core.management import CommandError, call_command
 from django.db import IntegrityError, InternalError, connection, transaction
 from django.utils import timezone
 
-from apps.endpoints import evidence
+from apps.endpoints import charts, evidence
 from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLRequest, ShadowAnswer
+from apps.endpoints.report import report as report_of
 from apps.endpoints.statistics import split_difference
 from conftest import status_of
 
@@ -198,6 +201,56 @@ class TestAReport:
         assert told["decision"]["verdict"] == "PROMOTE"
         assert told["waiting"] == 10
         assert told["checks"] == {"sample_ratio": None, "label_rate": None}
+
+
+class TestThePicture:
+    """GET /api/v1/abtests/{id}/report.png."""
+
+    def test_is_a_slide(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        for algorithm, correct in ((champion, 120), (challenger, 150)):
+            log(test, algorithm, 200, correct, unknown=10)
+
+        response = api.get(f"{ABTESTS}/{test.pk}/report.png")
+
+        assert response["Content-Type"] == "image/png"
+        assert response["Content-Disposition"] == f'inline; filename="abtest-{test.pk}.png"'
+        assert size_of(response.content) == (1920, 1080)
+
+    def test_is_drawn_from_the_evidence(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        empty = api.get(f"{ABTESTS}/{test.pk}/report.png").content
+        log(test, champion, 1, 1)
+        log(test, challenger, 1, 0)
+        few = api.get(f"{ABTESTS}/{test.pk}/report.png").content
+        for algorithm in (champion, challenger):
+            log(test, algorithm, 3000, 2000, probability=0.4)
+        many = api.get(f"{ABTESTS}/{test.pk}/report.png").content
+
+        assert len({empty, few, many}) == 3
+        assert {size_of(picture) for picture in (empty, few, many)} == {(1920, 1080)}
+
+    @pytest.mark.parametrize("title", ["$\\frac{1}{2", "a" * 200, "客户 🙂", "<script>"])
+    def test_takes_any_title(self, api, champion, challenger, title):
+        test = begin(api, champion, challenger, title=title, design="shadow")
+        shadow(log(test, champion, 200, 150), test, 160)
+
+        assert size_of(api.get(f"{ABTESTS}/{test.pk}/report.png").content) == (1920, 1080)
+
+    def test_is_drawn_for_several_at_once(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 50, 40)
+        told = report_of(test, now=timezone.now())
+
+        with ThreadPoolExecutor(4) as several:
+            pictures = set(several.map(lambda _: charts.slide(told), range(8)))
+
+        assert len(pictures) == 1
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", png[16:24])
 
 
 class TestTheFirstRuleThatApplies:
