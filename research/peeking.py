@@ -210,12 +210,12 @@ def promotions(tests: Splits) -> dict[str, np.ndarray]:
 
 
 def misled(tests: Splits) -> Course | None:
-    """Of the tests in which the z-test promoted the challenger and evidence did not, one neither early nor late.
+    """Of the tests in which the z-test promoted the challenger and evidence nobody, one neither early nor late.
 
     None if there is no such test.
     """
     by_z_test = tests.by_z_test()
-    found = np.flatnonzero((by_z_test.winner > 0) & (tests.by_evidence().winner <= 0))
+    found = np.flatnonzero((by_z_test.winner > 0) & (tests.by_evidence().winner == 0))
     in_order = found[np.argsort(by_z_test.look[found], kind="stable")]
     return tests.course(int(in_order[len(found) // 2])) if len(found) else None
 
@@ -278,7 +278,7 @@ def on_the_pairs(pairs: Sequence[Mapping[str, np.ndarray]], alpha: float = ALPHA
             )
         else:
             better, worse = (challenger, champion) if found.estimate > 0 else (champion, challenger)
-            sentences.append(f"**{better} is better than {worse}**, by {100 * abs(found.estimate):.1f} points.")
+            sentences.append(f"By {100 * abs(found.estimate):.1f} points **{better} is better than {worse}**.")
     return " ".join(sentences)
 
 
@@ -315,10 +315,10 @@ def on_the_designs(needed: Mapping[str, np.ndarray]) -> str:
     for design, customers in needed.items():
         half, four_fifths = np.quantile(customers, [0.5, 0.8], method="higher")
         sentences.append(
-            f"Half of the tests by {design} have promoted the better model by **{half:,.0f}** labelled customers, four "
+            f"Half of the {design}s have promoted the better model by **{half:,.0f}** labelled customers, four "
             f"fifths by {four_fifths:,.0f}."
             if np.isfinite(four_fifths)
-            else f"Of the tests by {design}, {np.isfinite(customers).mean():.0%} have promoted the better model."
+            else f"Of the {design}s, {np.isfinite(customers).mean():.0%} have promoted the better model."
         )
     medians = [np.quantile(needed[design], 0.5, method="higher") for design in (SPLIT, SHADOW)]
     if np.isfinite(medians).all():
