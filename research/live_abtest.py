@@ -1,8 +1,9 @@
-"""What `ab_test.ipynb` does: customers whom neither model has seen, sent to a running server, and their outcomes."""
+"""Customers whom neither of two models has seen: what the models say of them, and an A/B test of a running server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import requests
+from sklearn.ensemble import RandomForestClassifier
 
 import evaluation
 import train
-from apps.ml.artifacts import ArtifactError, open_run
-from apps.ml.schema import rows_of, spelled
+from apps.ml.artifacts import ArtifactError, TrainingRun, open_run
+from apps.ml.schema import outcomes, rows_of, spelled
 
 TIMEOUT_SECONDS = 60
-# 95% confidence and 80% power: the customary (1.96 + 0.84) squared.
-CONFIDENCE_AND_POWER = 7.85
+UNTUNED = "forest at its defaults"
 
 
 class Refused(Exception):
@@ -52,9 +53,13 @@ class Api:
         body = {"parent_mlalgorithm": algorithm_id, "status": status, "created_by": by}
         return self._call("POST", "mlalgorithmstatuses", json=body)
 
-    def start_test(self, title: str, first: int, second: int, by: str) -> dict[str, Any]:
-        body = {"title": title, "parent_mlalgorithm_1": first, "parent_mlalgorithm_2": second, "created_by": by}
+    def start_test(self, title: str, first: int, second: int, by: str, **plan: Any) -> dict[str, Any]:
+        """plan: `policy`, `design`, `horizon` and what else a test is told when it starts."""
+        body = {"title": title, "parent_mlalgorithm_1": first, "parent_mlalgorithm_2": second, "created_by": by, **plan}
         return self._call("POST", "abtests", json=body)
+
+    def report(self, test_id: int) -> dict[str, Any]:
+        return self._call("GET", f"abtests/{test_id}/report")
 
     def stop_test(self, test_id: int) -> dict[str, Any]:
         return self._call("POST", f"stop_ab_test/{test_id}")
@@ -62,9 +67,20 @@ class Api:
     def predict(self, endpoint: str, row: Mapping[str, Any], status: str) -> dict[str, Any]:
         return self._call("POST", f"{endpoint}/predict", params={"status": status}, json=dict(row))
 
-    def tell(self, request_id: int, outcome: str) -> dict[str, Any]:
-        """Send the true outcome of a request; returns the request as it is logged now."""
-        return self._call("PATCH", f"mlrequests/{request_id}", json={"feedback": outcome})
+    def tell(self, outcomes: Sequence[tuple[int, str]]) -> dict[str, Any]:
+        """Send what really happened: (id of the request, outcome) of each; returns how many were recorded."""
+        body = [{"request_id": request_id, "outcome": outcome} for request_id, outcome in outcomes]
+        return self._call("POST", "feedback", json=body)
+
+    def replay(self, champion: int, challenger: int, since: str) -> dict[str, Any]:
+        """Let the challenger score what the champion has answered since a moment, and compare."""
+        body = {"champion": champion, "challenger": challenger, "since": since}
+        return self._call("POST", "abtests/replay", json=body)
+
+    def plan(self, baseline: float, lift: float, disagreement: float) -> dict[str, Any]:
+        """What it takes to show a lift; shares in (0, 1)."""
+        params = {"baseline": baseline, "lift": lift, "disagreement": disagreement}
+        return self._call("GET", "abtests/plan", params=params)
 
     def _call(self, method: str, path: str, **kwargs: Any) -> Any:
         try:
@@ -105,30 +121,82 @@ def contestants(
 
 
 def held_out(
-    arms: Sequence[Mapping[str, Any]], directory: Path | str, data: Path | str, *, most: int, seed: int = train.SEED
+    arms: Sequence[Mapping[str, Any]], directory: Path | str, data: Path | str, *, seed: int = train.SEED
 ) -> list[HeldOut]:
-    """At most that many customers of a file, in random order, whom no arm's model was trained on. Raises Refused.
+    """The customers of a file, in random order, whom no arm's model was trained on. Raises Refused.
 
     Target, identifier and columns are those of the arms' training runs.
     """
-    try:
+    with _artifacts_are_the_servers():
         runs = [open_run(Path(directory), version) for version in dict.fromkeys(arm["version"] for arm in arms)]
-        schema = runs[0].schema
         seen = frozenset().union(*(run.training_customers for run in runs))
-    except ArtifactError as error:
-        raise Refused(f"{error} Set ML_ARTIFACTS_DIR to the folder that the server uses.") from None
+    schema = runs[0].schema
     if not all(run.schema.identifier for run in runs):
         raise Refused("The training table names no customer, so nobody knows which customers are held out.")
     if any(set(run.schema.names) != set(schema.names) for run in runs):
         raise Refused("The two models were trained on different columns; one row cannot serve both.")
-    target = schema.target
-    table = train.load_table(data, target.name, target.positive, schema.identifier, schema.dropped)
-    frame = table.frame[~table.frame[schema.identifier].str.strip().isin(seen)]
+    table = _table(runs[0], data)
+    frame = table.frame[~_keys(table).isin(seen)].sample(frac=1, random_state=seed)
     if frame.empty:
         raise Refused(f"Every customer of {table.filename} was trained on; name a file with others.")
-    frame = frame.sample(min(most, len(frame)), random_state=seed)
     rows = rows_of(frame[[schema.identifier, *schema.names]])
-    return [HeldOut(row, spelled(outcome)) for row, outcome in zip(rows, frame[target.name], strict=True)]
+    return [HeldOut(row, spelled(outcome)) for row, outcome in zip(rows, frame[schema.target.name], strict=True)]
+
+
+def right_answers(arm: Mapping[str, Any], directory: Path | str, customers: Sequence[HeldOut]) -> np.ndarray:
+    """Whose outcome an arm's model has right, (customers,) bool; the server is not asked. Raises Refused."""
+    with _artifacts_are_the_servers():
+        run = open_run(Path(directory), arm["version"])
+        model = run.load_model(f"{arm['key']}.joblib")
+    return _is_right(model, run, customers)
+
+
+def right_answers_untuned(
+    arm: Mapping[str, Any],
+    directory: Path | str,
+    data: Path | str,
+    customers: Sequence[HeldOut],
+    *,
+    seed: int = train.SEED,
+) -> np.ndarray:
+    """The same of a weaker model: a forest as scikit-learn makes it, whose trees grow until they know each customer.
+
+    It learns from those customers of the file from whom the arm's model learned. Raises Refused.
+    """
+    with _artifacts_are_the_servers():
+        run = open_run(Path(directory), arm["version"])
+        seen = run.training_customers
+    table = _table(run, data)
+    frame = table.frame[_keys(table).isin(seen)]
+    outcome = outcomes(frame, run.schema.target)
+    if len(np.unique(outcome)) < 2:
+        raise Refused(f"{table.filename} lacks the customers of training run {run.version}; name the file with them.")
+    forest = RandomForestClassifier(random_state=seed, n_jobs=-1)
+    forest.fit(run.schema.align_table(frame[list(run.schema.names)]).matrix, outcome)
+    return _is_right(forest, run, customers)
+
+
+@contextmanager
+def _artifacts_are_the_servers() -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError as error:
+        raise Refused(f"{error} Set ML_ARTIFACTS_DIR to the folder that the server uses.") from None
+
+
+def _table(run: TrainingRun, data: Path | str) -> train.Table:
+    schema = run.schema
+    return train.load_table(data, schema.target.name, schema.target.positive, schema.identifier, schema.dropped)
+
+
+def _keys(table: train.Table) -> pd.Series:
+    return table.frame[table.schema.identifier].str.strip()
+
+
+def _is_right(model: Any, run: TrainingRun, customers: Sequence[HeldOut]) -> np.ndarray:
+    matrix = run.schema.align([customer.row for customer in customers]).matrix
+    stayed = np.array([customer.outcome == run.schema.target.positive for customer in customers])
+    return (model.predict_proba(matrix)[:, 1] > evaluation.THRESHOLD) == stayed
 
 
 def named(arm: Mapping[str, Any]) -> str:
@@ -139,69 +207,83 @@ def in_steps(items: Sequence[Any], step: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + step] for start in range(0, len(items), step))
 
 
-def right_by_arm(labelled: Sequence[Mapping[str, Any]], arms: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Which answers of each arm were right, {arm: (its labelled requests,) bool}, in the order given.
+def planned(api: Api, weaker: np.ndarray, better: np.ndarray) -> str:
+    """How many customers the server expects a test of two models to need, or why it cannot say.
 
-    labelled: requests as `Api.tell` returns them.
+    weaker, better: (customers,) bool, whose outcome each has right, of the same customers.
     """
-    return {
-        named(arm): np.array(
-            [one["response"] == one["feedback"] for one in labelled if one["parent_mlalgorithm"] == arm["id"]], bool
-        )
-        for arm in arms
-    }
+    lift = better.mean() - weaker.mean()
+    try:
+        return api.plan(weaker.mean(), lift, (weaker != better).mean())["message"]
+    except Refused as refusal:
+        return str(refusal)
 
 
-def accuracy_table(right: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def standing(report: Mapping[str, Any]) -> pd.DataFrame:
+    """How a test stands, one line per arm: customers, labelled ones, accuracy and its interval."""
     lines = []
-    for name, answers in right.items():
-        low, high = evaluation.wilson_interval(answers.sum(), max(len(answers), 1))
-        shown = [f"{answers.mean():.1%}", f"{low:.1%} to {high:.1%}"] if len(answers) else ["", ""]
-        lines.append([name, len(answers), int(answers.sum()), *shown])
-    return pd.DataFrame(lines, columns=["arm", "labelled", "right", "accuracy", "95% interval"]).set_index("arm")
+    for side in ("champion", "challenger"):
+        arm = report[side]
+        shown = ["", ""]
+        if arm["accuracy"] is not None:
+            low, high = arm["accuracy_interval"]
+            shown = [f"{arm['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"]
+        lines.append([side, arm["name"], arm["customers"], arm["labelled"], *shown])
+    header = ["", "algorithm", "customers", "labelled", "accuracy", "interval"]
+    return pd.DataFrame(lines, columns=header).set_index("")
 
 
-def difference_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """95% interval of the difference of two independent shares of True. Newcombe 1998, method 10."""
-    share = np.array([first.mean(), second.mean()])
-    low, high = evaluation.wilson_interval(np.array([first.sum(), second.sum()]), np.array([len(first), len(second)]))
-    gap = share[0] - share[1]
-    below = np.hypot(share[0] - low[0], high[1] - share[1])
-    above = np.hypot(high[0] - share[0], share[1] - low[1])
-    return float(gap - below), float(gap + above)
+def looks(reports: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of those reports in which both arms have labels: labelled customers, the difference and its interval.
 
-
-def labels_needed(first: np.ndarray, second: np.ndarray, gap: float) -> int:
-    """Labelled requests per arm that show a gap in accuracy, four times out of five, between arms about as good."""
-    # Two right and two wrong answers are added, so that a few answers that all are right do not promise certainty.
-    shares = [(answers.sum() + 2) / (len(answers) + 4) for answers in (first, second)]
-    return int(np.ceil(CONFIDENCE_AND_POWER * sum(share * (1 - share) for share in shares) / gap**2))
-
-
-def reading(right: Mapping[str, np.ndarray]) -> str:
-    """What the labels say of the two arms, and what the accuracy rule makes of it."""
-    (first, answers), (second, others) = right.items()
-    if not len(answers) or not len(others):
-        return "One of the arms has no labelled request, so there is nothing to compare."
-    gap = answers.mean() - others.mean()
-    low, high = difference_interval(answers, others)
-    if not low <= 0 <= high:
-        verdict = (
-            f"The interval leaves out zero: these labels favour **{first if gap > 0 else second}**, unless the test "
-            "was stopped at the moment when it looked good, which makes such a finding far likelier by chance."
-        )
-    elif gap:
-        verdict = (
-            "The interval holds zero: **these labels do not show that either is better.** The rule of the server "
-            "promotes the more accurate all the same, however small the difference; a repetition may well promote the "
-            "other."
-        )
-    else:
-        verdict = "Both are equally accurate, so the server leaves production as it was."
+    (looks,), (looks,) and (looks, 2).
+    """
+    told = [one for one in reports if one["difference"]["interval"]]
+    labelled = [one["champion"]["labelled"] + one["challenger"]["labelled"] for one in told]
+    differences = [one["difference"] for one in told]
     return (
-        f"Accuracy of {first} less accuracy of {second}: {100 * gap:+.1f} points, 95% interval {100 * low:+.1f} to "
-        f"{100 * high:+.1f}. {verdict} To see a difference of one point reliably takes about "
-        f"{labels_needed(answers, others, 0.01):,} labelled requests per arm."
+        np.array(labelled, int),
+        np.array([one["estimate"] for one in differences], float),
+        np.array([one["interval"] for one in differences], float).reshape(-1, 2),
+    )
+
+
+def turns(reports: Sequence[Mapping[str, Any]]) -> str:
+    """What the server said whenever its verdict became another one, as a list."""
+    lines, verdict = [], None
+    for report in reports:
+        decision = report["decision"]
+        if decision["verdict"] != verdict:
+            verdict = decision["verdict"]
+            lines.append(f"- `{verdict}`: {decision['sentence']}")
+    return "\n".join(lines)
+
+
+def on_the_accuracy_rule(report: Mapping[str, Any]) -> str:
+    """Whom a test would promote that asks for no evidence."""
+    champion, challenger = report["champion"], report["challenger"]
+    lead = report["difference"]["estimate"]
+    if not lead:
+        return "Neither is ahead, so the policy `accuracy` would have left production as it was, too."
+    ahead = challenger if lead > 0 else champion
+    change = "moved production to" if lead > 0 else "kept"
+    return (
+        f"The policy `accuracy`, which asks for no evidence, would have {change} **{ahead['name']}** for its lead of "
+        f"{100 * abs(lead):.1f} points, whatever chance had to do with it."
+    )
+
+
+def on_the_replay(replayed: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """What the server says of both on the same customers, and how wide its interval is beside the split's."""
+    told = f"> {replayed['sentence']}"
+    paired, split = replayed["difference"], report["difference"]["interval"]
+    if not split:
+        return told
+    customers = report["champion"]["labelled"] + report["challenger"]["labelled"]
+    return (
+        f"{told}\n\nOn {replayed['compared']:,} customers its interval is "
+        f"{100 * (paired['high'] - paired['low']):.1f} points wide; the split's, on {customers:,}, is "
+        f"{100 * (split[1] - split[0]):.1f}."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
 import evaluation
@@ -27,6 +27,9 @@ DPI = 90
 
 # Lift among fewer customers than this share of all says little: one customer more or less moves it far.
 SMALLEST_SHARE = 0.01
+
+_THOUSANDS = FuncFormatter(lambda count, _: f"{count:,.0f}")
+_AT_THE_RIGHT = {"textcoords": "offset points", "ha": "right", "color": GREY}
 
 
 def roc_and_precision_recall(probabilities: Mapping[str, np.ndarray], outcome: np.ndarray) -> Figure:
@@ -129,32 +132,144 @@ def confusion(probabilities: Mapping[str, np.ndarray], outcome: np.ndarray) -> F
     return figure
 
 
-def ab_test(right: Mapping[str, np.ndarray]) -> Figure:
-    """Accuracy of each arm with its 95% interval, at the end and as the outcomes came in.
+def only_one_right(pairs: Sequence[Mapping[str, np.ndarray]]) -> Figure:
+    """Of pairs of models, for how many customers one alone is right: the first to the left, the second to the right.
 
-    right: {arm: (labelled,) bool, in the order in which the outcomes were told}.
+    pairs: of each {model: (customers,) bool, whose outcome it has right}, two models.
     """
-    figure, (end, course) = _figure(1, 2, (9.4, 4.2), widths=(1, 2))
-    for place, ((name, answers), style, marker) in enumerate(zip(*_names_and_styles(right), MARKERS, strict=False)):
-        labelled = np.arange(1, len(answers) + 1)
-        if not len(labelled):
-            continue
-        correct = np.cumsum(answers)
-        accuracy = correct / labelled
-        low, high = evaluation.wilson_interval(correct, labelled)
-        last = accuracy[-1]
-        end.errorbar(place, last, [[last - low[-1]], [high[-1] - last]], fmt=marker, capsize=5, color=style["color"])
-        end.annotate(f"{last:.1%}\nof {len(labelled)}", (place, last), (9, 0), textcoords="offset points", va="center")
-        course.plot(labelled, accuracy, label=name, **style)
-        course.fill_between(labelled, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    end.set_xticks(range(len(right)), [_plain(name).replace(" ", "\n") for name in right])
-    end.set(title="At the end", xlim=(-0.5, len(right) - 0.1), ylabel="accuracy, 95% interval")
-    end.grid(False, axis="x")
-    course.set(title="As outcomes came in", xlabel="labelled requests of the arm", ylim=(0, 1))
-    course.set_xlim(left=1)
-    course.legend(loc="lower right", frameon=False)
-    for axes in (end, course):
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure, (axes,) = _figure(1, 1, (9.4, 0.9 + 0.9 * len(pairs)))
+    alone = [[int((first & ~second).sum()), int((second & ~first).sum())] for first, second in map(dict.values, pairs)]
+    most = max(max(both) for both in alone) or 1
+    for place, (pair, both) in enumerate(zip(pairs, alone, strict=True)):
+        for name, count, side, colour in zip(pair, both, (-1, 1), COLOURS, strict=False):
+            axes.barh(place, side * count, color=colour, height=0.5, alpha=0.85)
+            axes.annotate(
+                f"only {_plain(name)}: {count:,}",
+                (side * count, place),
+                (6 * side, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if side > 0 else "right",
+            )
+    axes.axvline(0, color="black", linewidth=1)
+    accuracies = ["\nagainst ".join(f"{right.mean():.1%} right" for right in pair.values()) for pair in pairs]
+    axes.set_yticks(range(len(pairs)), accuracies)
+    axes.invert_yaxis()
+    axes.set(title="Customers for whom only one of the two is right", xlim=(-2.5 * most, 2.5 * most))
+    axes.set_xlabel("customers")
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{abs(count):,.0f}"))
+    axes.grid(False, axis="y")
+    return figure
+
+
+def false_promotions(labelled: np.ndarray, shares: Mapping[str, np.ndarray], alpha: float) -> Figure:
+    """Share of tests of two equal models that have promoted the challenger, as looks go on, by rule.
+
+    labelled: (looks,) customers at each look; shares: {rule: (looks,)}.
+    """
+    figure, (axes,) = _figure(1, 1, (8, 4.4))
+    axes.axhline(alpha, color=GREY, linewidth=1)
+    axes.annotate(f"promised: at most {alpha:.0%}", (labelled[-1], alpha), (0, 4), **_AT_THE_RIGHT)
+    for (rule, share), style in _styled(shares):
+        axes.plot(labelled, share, label=rule, **style)
+        axes.annotate(f"{share[-1]:.1%}", (labelled[-1], share[-1]), (5, 0), textcoords="offset points", va="center")
+    axes.set(title="Two equal models: how many tests promote the challenger by mistake", ylim=(-0.02, 0.65))
+    axes.set(xlabel="labelled customers so far", ylabel="share of tests that promoted")
+    axes.set_xlim(0, labelled[-1] * 1.08)
+    axes.xaxis.set_major_formatter(_THOUSANDS)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(loc="upper right", frameon=False, ncols=len(shares))
+    return figure
+
+
+def one_test(
+    labelled: np.ndarray,
+    difference: np.ndarray,
+    intervals: Mapping[str, np.ndarray],
+    p: Mapping[str, np.ndarray],
+    alpha: float,
+) -> Figure:
+    """A test as it goes on: the difference in accuracy with its intervals, and p, each by the same rules.
+
+    labelled, difference: (looks,); intervals: {rule: (looks, 2)}; p: {rule: (looks,)}.
+    """
+    figure, (lead, chance) = _figure(1, 2, (9.4, 4.2))
+    lead.axhline(0, color="black", linewidth=1)
+    lead.plot(labelled, 100 * difference, color="black", linewidth=1.6, label="difference")
+    for (rule, interval), style in _styled(intervals):
+        lead.plot(labelled, 100 * interval, **{**style, "linewidth": 1.2}, label=[f"interval, {rule}", None])
+    widest = 130 * min(np.abs(interval).max() for interval in intervals.values())
+    lead.set(title="The difference and its intervals", ylim=(-widest, widest))
+    lead.set_ylabel("challenger ahead, in points of accuracy")
+    lowest = min(0.01, *(values.min() / 3 for values in p.values()))
+    for (rule, values), style in _styled(p):
+        chance.plot(labelled, values, label=rule, **style)
+        promotes = (values <= alpha) & (difference > 0)
+        if promotes.any():
+            first = int(promotes.argmax())
+            chance.plot(labelled[first], values[first], "o", color=style["color"])
+            chance.vlines(labelled[first], lowest, values[first], color=style["color"], linewidth=0.8)
+            side = "left" if first < len(values) / 2 else "right"
+            chance.annotate(" promotes here ", (labelled[first], lowest), (0, 5), textcoords="offset points", ha=side)
+    chance.axhline(alpha, color=GREY, linewidth=1)
+    chance.annotate(f"{alpha:.0%}", (labelled[-1], alpha), (0, 3), **_AT_THE_RIGHT)
+    chance.set(title="p: how easily chance explains the difference", yscale="log", ylim=(lowest, 8))
+    chance.set_ylabel("p, small where chance hardly does")
+    chance.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    chance.yaxis.set_minor_formatter(NullFormatter())
+    for axes in (lead, chance):
+        axes.set_xlabel("labelled customers so far")
+        axes.xaxis.set_major_formatter(_THOUSANDS)
+    lead.legend(loc="lower right", frameon=False)
+    chance.legend(loc="upper right", frameon=False)
+    return figure
+
+
+def customers_needed(needed: Mapping[str, np.ndarray]) -> Figure:
+    """Share of tests that have promoted the better model by so many labelled customers, by design.
+
+    needed: {design: (tests,) customers, infinite for a test that did not}.
+    """
+    figure, (axes,) = _figure(1, 1, (8, 4.4))
+    axes.axhline(0.5, color=GREY, linewidth=1)
+    for (design, customers), style in _styled(needed):
+        ended = np.sort(customers[np.isfinite(customers)])
+        share = np.arange(1, len(ended) + 1) / len(customers)
+        axes.step(np.append(0, ended), np.append(0, share), where="post", label=design, **style)
+        if len(ended) and share[-1] >= 0.5:
+            half = ended[np.searchsorted(share, 0.5)]
+            axes.plot(half, 0.5, "o", color=style["color"])
+            axes.annotate(f"half by {half:,.0f}", (half, 0.5), (8, -14), textcoords="offset points")
+    axes.set(title="A better challenger: when the evidence promotes it", ylim=(0, 1.02))
+    axes.set(xlabel="labelled customers", ylabel="share of tests that have promoted it")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(_THOUSANDS)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def narrowing(labelled: np.ndarray, difference: np.ndarray, interval: np.ndarray) -> Figure:
+    """How a test's interval narrows as outcomes come in.
+
+    labelled, difference: (looks,), the latter the challenger's accuracy minus the champion's; interval: (looks, 2).
+    """
+    figure, (axes,) = _figure(1, 1, (8, 4.2))
+    colour = COLOURS[0]
+    axes.axhline(0, color="black", linewidth=1)
+    low, high = 100 * interval.T
+    axes.fill_between(labelled, low, high, color=colour, alpha=0.18, linewidth=0, label="interval, anytime-valid")
+    axes.plot(labelled, 100 * difference, color=colour, marker="o", markersize=3.5, label="difference")
+    for place, side, text in ((0.97, "top", "challenger ahead"), (0.03, "bottom", "champion ahead")):
+        axes.text(0.99, place, text, transform=axes.transAxes, va=side, ha="right", color=GREY)
+    axes.set(title="The live test, as outcomes came in", xlabel="labelled customers")
+    axes.set_ylabel("difference in accuracy, in points")
+    axes.xaxis.set_major_formatter(_THOUSANDS)
+    axes.legend(loc="upper center", frameon=False, ncols=2)
+    # Zero is in the middle; the first intervals, as wide as the figure, would flatten all that follow.
+    widest = 130 * np.abs(interval[len(interval) // 5 :]).max(initial=0.01)
+    axes.set_ylim(-widest, widest)
     return figure
 
 

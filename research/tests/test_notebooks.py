@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("notebooks")]
 TRAINING = train.RESEARCH / "Train_Retension_Model.ipynb"
 LIVE_TEST = train.RESEARCH / "ab_test.ipynb"
 FIGURES = ["curves", "calibration", "gains", "importance", "confusion"]
+AB_FIGURES = ["quality", "peeking", "course", "designs", "result"]
 HOW_TO_REFRESH = (
     "The committed report is out of date. Run it again with an artifacts folder of its own: "
     "ML_ARTIFACTS_DIR=$(mktemp -d) .venv/bin/jupyter execute --inplace research/Train_Retension_Model.ipynb"
@@ -142,20 +143,25 @@ def test_a_live_test_ends_recorded_and_labelled_with_every_status_as_before(exec
     with processes.running(env, tmp_path / "server.log", wait_for="/readyz") as server:
         settings = {"ML_ARTIFACTS_DIR": str(folder), "RETENTION_URL": server.url}
         before = statuses(server)
-        notebooks = [execute(LIVE_TEST, f"CUSTOMERS = {count}", **settings) for count in (120, 60)]
+        notebooks = [execute(LIVE_TEST, f"TESTS, CUSTOMERS = 100, {count}", **settings) for count in (300, 60)]
         assert statuses(server) == before
-        kept = execute(LIVE_TEST, "CUSTOMERS, RESTORE = 40, False", **settings)
+        kept = execute(LIVE_TEST, "TESTS, CUSTOMERS, RESTORE = 100, 40, False", **settings)
         tests = server.get("/api/v1/abtests").json()
         logged = server.get("/api/v1/mlrequests?page_size=1000").json()["results"]
         after = statuses(server)
 
     runs = [*notebooks, kept]
     for test, one in zip(tests, runs, strict=True):
+        assert test["policy"] == "evidence"
+        assert test["decision"]["sentence"] in shown(one, "outcomes", "text/markdown")[0]
         assert test["summary"] in shown(one, "stop", "text/markdown")[0]
-        assert len(shown(one, "result", "image/png")) == 1
-        assert "labelled requests per arm" in shown(one, "result", "text/markdown")[0]
+        assert all(len(shown(one, name, "image/png")) == 1 for name in AB_FIGURES)
+        assert "times fewer" in shown(one, "designs", "text/markdown")[0]
+        assert "a shadow" in shown(one, "designs", "text/markdown")[1].lower()
+        assert "its interval is" in shown(one, "replay", "text/markdown")[0]
+        assert not [text for text in streams(one) if "Warning" in text]
     assert all(test["ended_at"] for test in tests)
-    for test, count in zip(tests, (120, 60, 40), strict=True):
+    for test, count in zip(tests, (300, 60, 40), strict=True):
         assert sum(one["abtest"] == test["id"] for one in logged) == count
 
     outcomes = pd.read_csv(train.DATA, dtype=str).set_index("CustomerId")["IsRetained"]
@@ -168,7 +174,7 @@ def test_a_live_test_ends_recorded_and_labelled_with_every_status_as_before(exec
         tests[0]["parent_mlalgorithm_1"],
         tests[0]["parent_mlalgorithm_2"],
     }
-    # The third run left the winner where the server put it.
+    # The third run left both where the server put them.
     assert sorted(after.values()) == ["production", "testing", "testing"]
 
 

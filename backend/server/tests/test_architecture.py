@@ -83,13 +83,13 @@ def test_every_module_has_its_place_in_the_rules():
 
 
 def imported_by(path: Path) -> set[str]:
-    """The first names of all modules that a file imports, wherever in it."""
+    """All that a file imports, wherever in it, with the modules that it is imported from."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -98,9 +98,20 @@ def test_the_server_needs_nothing_of_research_bench_or_tests():
     assert {"train", "contestants"} <= elsewhere
     elsewhere |= {"research", "bench", "tests", "conftest", "pytest"}
 
-    found = {str(path): imported_by(path) & elsewhere for path in own_sources()}
+    found = {str(path): {name.split(".")[0] for name in imported_by(path)} & elsewhere for path in own_sources()}
 
     assert not {path: names for path, names in found.items() if names}
+
+
+def test_research_uses_only_what_needs_no_django():
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (plain,) = [tuple(contract["source_modules"]) for contract in contracts if contract["type"] == "forbidden"]
+
+    found = {path.name: imported_by(path) for path in RESEARCH.glob("*.py")}
+    of_the_server = {path: {name for name in names if name.startswith("apps.")} for path, names in found.items()}
+
+    assert "apps.endpoints.statistics" in of_the_server["peeking.py"]
+    assert not {path: names for path, names in of_the_server.items() if not all(n.startswith(plain) for n in names)}
 
 
 def test_no_column_of_the_default_data_is_written_in_server_code():
