@@ -46,9 +46,10 @@ class Counts:
 class Arm:
     """One algorithm in a test.
 
-    requests: answered, or of a shadow's challenger scored. customers: who asked. labelled: customers whose outcome
-    counts; judged: those on whom the verdict rests. calibration: (mean probability, share that stayed, customers) by
-    tenth of the probability. latency_ms: by percentile, of all requests.
+    requests: answered, or of a shadow's challenger scored. failures: what the challenger should have answered, or
+    scored, and could not; of a split the champion answered those, outside the test. customers: who asked. labelled:
+    customers whose outcome counts; judged: those on whom the verdict rests. calibration: (mean probability, share that
+    stayed, customers) by tenth of the probability. latency_ms: by percentile, of all requests.
     """
 
     algorithm: MLAlgorithm
@@ -329,7 +330,7 @@ class _Log:
         return waiting
 
     def traffic(self, side: int) -> dict[str, int]:
-        """Requests answered, how many of them with label 1, and of a shadow's challenger how many it could not."""
+        """Requests answered, how many of them with label 1, and how many the challenger could not answer."""
         if side == CHALLENGER and self.is_paired:
             sql = f"""
                 SELECT COUNT(s.response), COALESCE(SUM(CASE WHEN s.response = '1' THEN 1 ELSE 0 END), 0),
@@ -341,7 +342,10 @@ class _Log:
             SELECT COUNT(*), COALESCE(SUM(CASE WHEN response = '1' THEN 1 ELSE 0 END), 0)
             FROM endpoints_mlrequest AS r WHERE {self._answered(side)}
         """
-        return dict(zip(("requests", "positive"), self._ask(sql)[0], strict=True))
+        counted = dict(zip(("requests", "positive"), self._ask(sql)[0], strict=True))
+        if side == CHALLENGER:
+            ((counted["failures"],),) = self._ask(f"SELECT COUNT(*) FROM {self._scored()}")
+        return counted
 
     def percentiles(self, side: int, requests: int) -> dict[int, float]:
         """Nearest-rank percentiles of the latency of all requests of an arm, in milliseconds."""

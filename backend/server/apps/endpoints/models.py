@@ -237,7 +237,7 @@ class ABTest(models.Model):
         null=True,
         blank=True,
         default=0.05,
-        help_text="Of a shadow: which share of the challenger's answers may fail.",
+        help_text="Which share of the challenger's answers may fail.",
         validators=[MinValueValidator(0), MaxValueValidator(1)],
     )
     guardrail_latency_p99_ms = models.FloatField(
@@ -375,7 +375,10 @@ class FeedbackChange(models.Model):
 
 
 class ShadowAnswer(models.Model):
-    """What the challenger of a shadow test says of a request that the champion answered; or why it could not."""
+    """What the challenger of a shadow test says of a request that the champion answered; or why it could not.
+
+    Of a split test, why the champion answered in its place.
+    """
 
     request = models.OneToOneField(MLRequest, on_delete=models.CASCADE, primary_key=True, related_name="shadow")
     abtest = models.ForeignKey(ABTest, on_delete=models.PROTECT, related_name="shadow_answers", db_index=False)

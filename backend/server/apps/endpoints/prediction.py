@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,17 +12,22 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from django.conf import settings
+from django.db import DatabaseError
 
 from apps.endpoints.abtests import Traffic
 from apps.endpoints.journal import NewRequest, journal
-from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, Status
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, ShadowAnswer, Status
 from apps.endpoints.premise import Premise
+from apps.endpoints.turns import in_turn
 from apps.ml.artifacts import HOW_TO_TRAIN, ArtifactError
 from apps.ml.classifier.base import RetentionClassifier
 from apps.ml.registry import Served, registry
 from apps.ml.schema import MISSING_IN_FORMS, InputError, Problem, Schema, checked_key
 
+logger = logging.getLogger(__name__)
+
 KEY_HEADER = "X-Customer-Key"
+LONGEST_FAILURE = 500
 _STATUSES = frozenset(Status.values)
 
 
@@ -206,11 +212,13 @@ def predict_from_memory(
     if served is None or served.newest_step is None or not journal.can_record_if():
         return None
     try:
-        choice = _without_a_broken_arm(_remembered_choice(served, wanted))
+        choice = _remembered_choice(served, wanted)
+        if _broken_arms(choice):
+            return None
         told_key = _checked_key(customer_key, [customer])
         (algorithm,) = _arms(choice, [customer], told_key)
         (request,) = _scored(algorithm, [customer], choice.test_id, now, told_key)
-    except (PredictionError, InputError):
+    except Exception:  # of a model, which may raise anything
         return None
     premise = Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step)
     pk = journal.record_if(premise, request)
@@ -247,10 +255,19 @@ def score(
 ) -> list[Answer]:
     """Score each row by the algorithm chosen, or in a test by the customer's, and record them all or none.
 
+    Whatever a test's challenger cannot answer the champion does, outside the test, and it is recorded as a failure.
     customer_key: of the only row, told beside it. Raises Unavailable, BadCustomerKey, InputError.
     """
-    choice = _without_a_broken_arm(choice)
     told_key = _checked_key(customer_key, rows)
+    test_id = choice.test_id
+    champion = choice.algorithms[0]
+    failures: dict[int, str] = {}
+    broken = _broken_arms(choice)
+    if broken:
+        if champion not in broken:
+            meant = _arms(choice, rows, told_key, as_text)
+            failures = {position: broken[arm] for position, arm in enumerate(meant) if arm in broken}
+        choice = Choice([arm for arm in choice.algorithms if arm not in broken])
     arms = _arms(choice, rows, told_key, as_text)
     recorded: dict[int, tuple[MLAlgorithm, NewRequest]] = {}
     problems: list[Problem] = []
@@ -260,16 +277,20 @@ def score(
             continue
         try:
             own = [rows[position] for position in positions]
-            scored = _scored(algorithm, own, choice.test_id, now, told_key, as_text)
+            answering, scored, failure = _scored_in_test(algorithm, choice, own, now, told_key, as_text)
         except InputError as error:
             problems += [replace(problem, row=positions[problem.row]) for problem in error.problems]
             continue
         for position, request in zip(positions, scored, strict=True):
-            recorded[position] = algorithm, request
+            recorded[position] = answering, request
+        if failure:
+            failures |= dict.fromkeys(positions, failure)
     if problems:
         raise InputError(problems)
     in_order = [recorded[position] for position in range(len(rows))]
     ids = journal.record([request for _, request in in_order])
+    if failures:
+        _record_failures(test_id, {ids[position]: why for position, why in failures.items()}, now)
     return [_answer(pk, request, algorithm) for pk, (algorithm, request) in zip(ids, in_order, strict=True)]
 
 
@@ -277,16 +298,50 @@ def _answer(pk: int, request: NewRequest, algorithm: MLAlgorithm) -> Answer:
     return Answer(pk, request.probability, request.response, algorithm, request.full_response.get("warnings", ()))
 
 
-def _without_a_broken_arm(choice: Choice) -> Choice:
-    """A test whose one arm cannot be loaded breaks no caller: the other arm answers alone, outside the test."""
-    if choice.test_id is None:
-        return choice
-    able = []
-    for algorithm in choice.algorithms:
-        with suppress(Unavailable):
-            classifier_of(algorithm)
-            able.append(algorithm)
-    return Choice(able) if 0 < len(able) < len(choice.algorithms) else choice
+def _broken_arms(choice: Choice) -> dict[MLAlgorithm, str]:
+    """Which arm of a test cannot be loaded, and why: it breaks no caller, as the other one answers alone."""
+    broken = {}
+    if choice.test_id is not None:
+        for algorithm in choice.algorithms:
+            try:
+                classifier_of(algorithm)
+            except Unavailable as error:
+                broken[algorithm] = failure_of(error)
+    return broken if len(broken) < len(choice.algorithms) else {}
+
+
+def failure_of(error: Exception) -> str:
+    """Why a challenger could not answer, as it is recorded."""
+    # PostgreSQL stores neither NUL nor half a surrogate pair.
+    text = (str(error) or type(error).__name__)[:LONGEST_FAILURE].replace("\0", "")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _record_failures(test_id: int, failures: Mapping[int, str], now: datetime) -> None:
+    """Of a split test's challenger, by the requests that the champion answered in its place."""
+    rows = [
+        ShadowAnswer(request_id=pk, abtest_id=test_id, latency_ms=0, failure=why, created_at=now)
+        for pk, why in failures.items()
+    ]
+    logger.warning("The challenger of A/B test %s failed, and the champion answered: %s", test_id, rows[0].failure)
+    try:
+        in_turn(lambda: ShadowAnswer.objects.bulk_create(rows))
+    except DatabaseError:
+        # The customer's answer is recorded, and is worth more than the count of failures.
+        logger.exception("A failure of the challenger of A/B test %s could not be recorded", test_id)
+
+
+def _scored_in_test(
+    algorithm: MLAlgorithm, choice: Choice, rows: Sequence[Mapping[str, Any]], now: datetime, *how: Any
+) -> tuple[MLAlgorithm, list[NewRequest], str]:
+    """Who answers, what, and why it is not the challenger if that should and cannot. how: as `_scored` takes it."""
+    champion = choice.algorithms[0]
+    try:
+        return algorithm, _scored(algorithm, rows, choice.test_id, now, *how), ""
+    except Exception as error:  # of a model, which may raise anything
+        if algorithm is champion:
+            raise
+        return champion, _scored(champion, rows, None, now, *how), failure_of(error)
 
 
 def _scored(

@@ -34,7 +34,6 @@ SETTLED = timedelta(seconds=60)
 # Until a challenger that cannot be loaded is tried again, and until who was not alone at a test looks at it again.
 RETRY = timedelta(seconds=30)
 STAND_BACK = timedelta(seconds=10)
-LONGEST_FAILURE = 500
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
@@ -62,9 +61,7 @@ def said_of(classifier: RetentionClassifier, row: Mapping[str, Any]) -> Said:
     try:
         answer = classifier.compute_prediction(row)
     except Exception as error:  # of a model, which may raise anything
-        # PostgreSQL stores neither NUL nor half a surrogate pair.
-        text = (str(error) or type(error).__name__)[:LONGEST_FAILURE].replace("\0", "")
-        return Said(_ms_since(began), failure=text.encode("utf-8", "backslashreplace").decode())
+        return Said(_ms_since(began), failure=prediction.failure_of(error))
     return read(answer, _ms_since(began))
 
 

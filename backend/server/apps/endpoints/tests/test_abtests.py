@@ -9,7 +9,8 @@ from datetime import datetime
 import pytest
 from django.utils import timezone
 
-from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLRequest
+from apps.endpoints.abtests import Traffic
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLRequest, ShadowAnswer
 from apps.ml.registry import registry
 from conftest import status_of
 
@@ -286,6 +287,84 @@ class TestACustomer:
 
             refused(response)
             assert [error["row"] for error in response.json()["errors"]] == [2]
+
+
+class TestAChallengerThatFails:
+    """In a split test: the champion answers in its place, and the failure counts."""
+
+    @pytest.fixture
+    def test(self, api, forest, tree) -> ABTest:
+        begin(api, forest, tree, policy="evidence")
+        return ABTest.objects.get()
+
+    @staticmethod
+    def rows(customer, count: int = 40) -> list[dict]:
+        return [{**customer, "CustomerId": f"C{number}"} for number in range(count)]
+
+    @staticmethod
+    def of_challenger(test: ABTest, rows: list[dict]) -> list[int]:
+        traffic = Traffic(test.pk, test.design, test.salt, test.weight)
+        return [place for place, row in enumerate(rows) if traffic.asks_challenger(row["CustomerId"])]
+
+    @pytest.fixture
+    def fails(self, tree, test, monkeypatch):
+        def fail(row: object) -> None:
+            raise OSError("no \x00such \ud800 leaf")
+
+        monkeypatch.setattr(registry.get(tree), "compute_prediction", fail)
+
+    @pytest.fixture
+    def is_broken(self, algorithms, test, artifacts_dir, settings):
+        file = artifacts_dir / algorithms["decision_tree"].artifact
+        file.write_bytes(b"broken")
+        settings.ML_ARTIFACTS_DIR = artifacts_dir
+        registry.clear()
+
+    def test_while_it_scores_harms_no_answer_and_each_failure_counts(self, api, test, customer, fails):
+        rows = self.rows(customer)
+        meant = self.of_challenger(test, rows)
+
+        answers = api.post(f"{PREDICT}?status=production", rows).json()
+        single = api.post(f"{PREDICT}?status=production", rows[meant[0]]).json()
+
+        assert {answer["algorithm"] for answer in [*answers, single]} == {"random forest"}
+        failed = [answers[place]["request_id"] for place in meant] + [single["request_id"]]
+        assert [*ShadowAnswer.objects.order_by("pk").values_list("pk", flat=True)] == failed
+        assert {*ShadowAnswer.objects.values_list("failure", flat=True)} == {"no such \\ud800 leaf"}
+        assert not MLRequest.objects.filter(pk__in=failed, abtest=test).exists()
+        assert MLRequest.objects.filter(abtest=test).count() == len(rows) - len(meant)
+
+    def test_that_cannot_be_loaded_leaves_all_to_the_champion_outside_the_test(self, api, test, customer, is_broken):
+        rows = self.rows(customer)
+        answers = api.post(f"{PREDICT}?status=production", rows).json()
+
+        assert {answer["algorithm"] for answer in answers} == {"random forest"}
+        assert not MLRequest.objects.filter(abtest=test).exists()
+        assert ShadowAnswer.objects.filter(abtest=test, response=None).count() == len(self.of_challenger(test, rows))
+        assert "decision tree 1.0.0 is not available" in ShadowAnswer.objects.first().failure
+
+    def test_breaks_the_guardrail_and_is_taken_out(self, api, test, customer, tree, fails):
+        rows = self.rows(customer, 300)
+        api.post(f"{PREDICT}?status=production", rows)
+        failures = len(self.of_challenger(test, rows))
+
+        report = api.get(f"{ABTESTS}/{test.pk}/report").json()
+        stopped = stop(api, test.pk)
+
+        assert (report["challenger"]["requests"], report["challenger"]["failures"]) == (0, failures)
+        assert report["champion"]["failures"] == 0
+        assert report["decision"]["verdict"] == "ROLLBACK"
+        assert f"it failed in 100.0% of {failures} requests, where 5.0% are allowed" in stopped["message"]
+        assert status_of(tree) == "testing"
+
+    def test_a_row_that_nobody_can_read_is_no_failure(self, api, test, customer):
+        rows = [{**row, "Orders": "many"} for row in self.rows(customer)]
+
+        message = refused(api.post(f"{PREDICT}?status=production", rows))
+
+        assert "Orders" in message
+        assert not ShadowAnswer.objects.exists()
+        assert not MLRequest.objects.exists()
 
 
 class TestWhatCannotBeStarted:
