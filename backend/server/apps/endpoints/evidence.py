@@ -7,13 +7,14 @@ the order in which outcomes began to count, then by id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from itertools import accumulate
 from typing import Any
 
-from django.db import connection
+from django.db import connection, transaction
 
 from apps.endpoints.models import ABTest, MLAlgorithm
 
@@ -172,6 +173,12 @@ def gather(test: ABTest, as_of: datetime, *, as_it_stood: bool = False, only_for
     only_for_verdict: without what is shown beside it, which takes longer.
     """
     log = _Log(test, as_of, as_it_stood)
+    with log.read_once():
+        return _told_by(log, as_of, only_for_verdict)
+
+
+def _told_by(log: _Log, as_of: datetime, only_for_verdict: bool) -> Evidence:
+    test = log.test
     accumulated = log.accumulated()
     everyone, treated = _total(accumulated), _total(row for row in accumulated if row.treated)
     untreated = _total(row for row in accumulated if not row.treated)
@@ -249,11 +256,19 @@ _LATER = {
     "postgresql": "({0} + interval '{days} days')",
     "mysql": "({0} + INTERVAL {days} DAY)",
 }
+# Nearly all requests of a test came by then, and the test's own index gives them in the order of the table.
+_NOT_BY_INDEX = {"sqlite": "+{0}", "postgresql": "{0}", "mysql": "{0}"}
+# Whoever has no key is a unit by itself.
+_KEYLESS = "CASE WHEN customer_key = '' THEN id END"
 _WHOLE = {"sqlite": "CAST({0} AS INTEGER)", "postgresql": "floor({0})::integer", "mysql": "FLOOR({0})"}
 
 
 class _Log:
-    """The requests of a test as SQL; each question is one pass over them in the database."""
+    """The requests of a test, told of by SQL.
+
+    They are read once, into a table of this connection that holds what is asked for and nothing else: a request's row
+    is mostly its customer's data. So all questions are about the same moment, too.
+    """
 
     def __init__(self, test: ABTest, as_of: datetime, as_it_stood: bool):
         self.is_paired = test.design == ABTest.Design.SHADOW
@@ -262,6 +277,22 @@ class _Log:
         self._moment = connection.ops.adapt_datetimefield_value(as_of)
         self._mature_since = connection.ops.adapt_datetimefield_value(as_of - timedelta(days=test.maturity_days))
         self._as_it_stood = as_it_stood
+
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """While this lasts, questions can be asked."""
+        # A pooler of PostgreSQL's gives another connection to the next transaction. On SQLite a transaction would keep
+        # all writers waiting, and only this connection sees the tables.
+        with nullcontext() if connection.vendor == "sqlite" else transaction.atomic():
+            self._drop()  # what an error has left
+            self._do(f"CREATE TEMPORARY TABLE evidence_asked AS {self._asked()}")
+            self._do(f"CREATE TEMPORARY TABLE evidence_units AS {self._units()}")
+            yield
+            self._drop()
+
+    def _drop(self) -> None:
+        for table in ("evidence_asked", "evidence_units"):
+            self._do(f"DROP TABLE IF EXISTS {table}")
 
     def accumulated(self) -> list[_Accumulated]:
         """By day and treatment, the customers whose outcome began to count then."""
@@ -272,7 +303,7 @@ class _Log:
                 SELECT {day}, treated,
                     SUM(champion_right * challenger_right), SUM(champion_right * (1 - challenger_right)),
                     SUM((1 - champion_right) * challenger_right), SUM((1 - champion_right) * (1 - challenger_right))
-                FROM ({self._units()}) AS units WHERE nth = 1 GROUP BY 1, 2
+                FROM evidence_units GROUP BY 1, 2
                 """
             )
             return [
@@ -281,10 +312,7 @@ class _Log:
                 for pairs in [Pairs(*counted)]
             ]
         rows = self._ask(
-            f"""
-            SELECT {day}, treated, side, COUNT(*), SUM(champion_right)
-            FROM ({self._units()}) AS units WHERE nth = 1 GROUP BY 1, 2, 3
-            """
+            f"SELECT {day}, treated, side, COUNT(*), SUM(champion_right) FROM evidence_units GROUP BY 1, 2, 3"
         )
         return [
             _Accumulated(
@@ -298,8 +326,8 @@ class _Log:
     def wins(self, only_untreated: bool) -> list[bool]:
         rows = self._ask(
             f"""
-            SELECT challenger_right FROM ({self._units()}) AS units
-            WHERE nth = 1 AND champion_right <> challenger_right {"AND treated = 0" if only_untreated else ""}
+            SELECT challenger_right FROM evidence_units
+            WHERE champion_right <> challenger_right {"AND treated = 0" if only_untreated else ""}
             ORDER BY counts_at, id
             """
         )
@@ -310,10 +338,8 @@ class _Log:
         found: dict[date, list[int]] = {}
         for day, side, customers in self._ask(
             f"""
-            SELECT {self._by_vendor(_DAY_OF, "asked_at")}, side, COUNT(*) FROM (
-                SELECT {self._side()} AS side, MIN(created_at) AS asked_at
-                FROM endpoints_mlrequest AS r WHERE {self._in_test()}
-                GROUP BY customer_key, CASE WHEN customer_key = '' THEN id END, 1
+            SELECT {self._by_vendor(_DAY_OF, "first_asked_at")}, side, COUNT(*) FROM (
+                SELECT side, MIN(asked_at) AS first_asked_at FROM evidence_asked GROUP BY customer_key, {_KEYLESS}, side
             ) AS customers GROUP BY 1, 2
             """
         ):
@@ -321,45 +347,41 @@ class _Log:
         return {day: (asked[0], asked[0] if self.is_paired else asked[1]) for day, asked in found.items()}
 
     def waiting(self) -> int:
-        ((waiting,),) = self._ask(
-            f"""
-            SELECT COUNT(*) FROM endpoints_mlrequest AS r WHERE {self._in_test()}
-            AND NOT EXISTS (SELECT 1 FROM endpoints_shadowanswer AS s WHERE s.request_id = r.id)
-            """
-        )
+        ((waiting,),) = self._ask("SELECT COUNT(*) FROM evidence_asked WHERE is_scored = 0")
         return waiting
 
     def traffic(self, side: int) -> dict[str, int]:
         """Requests answered, how many of them with label 1, and how many the challenger could not answer."""
-        if side == CHALLENGER and self.is_paired:
-            sql = f"""
-                SELECT COUNT(s.response), COALESCE(SUM(CASE WHEN s.response = '1' THEN 1 ELSE 0 END), 0),
-                    COUNT(*) - COUNT(s.response)
-                FROM {self._scored()}
+        response = self._of(side, "response")
+        ((*counted, failures),) = self._ask(
+            f"""
+            SELECT COUNT({response}), COALESCE(SUM(CASE WHEN {response} = '1' THEN 1 ELSE 0 END), 0),
+                COALESCE(SUM(CASE WHEN {response} IS NULL AND is_scored = 1 THEN 1 ELSE 0 END), 0)
+            FROM evidence_asked WHERE {self._answered_by(side)}
             """
-            return dict(zip(("requests", "positive", "failures"), self._ask(sql)[0], strict=True))
-        sql = f"""
-            SELECT COUNT(*), COALESCE(SUM(CASE WHEN response = '1' THEN 1 ELSE 0 END), 0)
-            FROM endpoints_mlrequest AS r WHERE {self._answered(side)}
-        """
-        counted = dict(zip(("requests", "positive"), self._ask(sql)[0], strict=True))
-        if side == CHALLENGER:
-            ((counted["failures"],),) = self._ask(f"SELECT COUNT(*) FROM {self._scored()}")
-        return counted
+        )
+        if side == CHALLENGER and not self.is_paired:
+            ((failures,),) = self._ask(
+                f"""
+                SELECT COUNT(*) FROM endpoints_shadowanswer AS s JOIN endpoints_mlrequest AS r ON r.id = s.request_id
+                WHERE s.abtest_id = {self.test.pk} AND r.created_at <= {self._literal(self._moment)}
+                """
+            )
+        return {**dict(zip(("requests", "positive"), counted, strict=True)), "failures": failures}
 
     def percentiles(self, side: int, requests: int) -> dict[int, float]:
         """Nearest-rank percentiles of the latency of all requests of an arm, in milliseconds."""
         if not requests:
             return {}
         rank = {percent: -(-requests * percent // 100) for percent in PERCENTILES}
-        latencies = (
-            f"SELECT s.latency_ms FROM {self._scored()} AND s.response IS NOT NULL"
-            if side == CHALLENGER and self.is_paired
-            else f"SELECT latency_ms FROM endpoints_mlrequest AS r WHERE {self._answered(side)}"
-        )
-        ranked = f"SELECT latency_ms, ROW_NUMBER() OVER (ORDER BY latency_ms) AS nth FROM ({latencies}) AS latencies"
+        latency = self._of(side, "latency_ms")
         rows = self._ask(
-            f"SELECT nth, latency_ms FROM ({ranked}) AS ranked WHERE nth IN ({', '.join(map(str, rank.values()))})"
+            f"""
+            SELECT nth, latency FROM (
+                SELECT {latency} AS latency, ROW_NUMBER() OVER (ORDER BY {latency}) AS nth FROM evidence_asked
+                WHERE {self._answered_by(side)} AND {self._of(side, "response")} IS NOT NULL
+            ) AS ranked WHERE nth IN ({", ".join(map(str, rank.values()))})
+            """
         )
         by_rank = dict(rows)
         return {percent: by_rank[nth] for percent, nth in rank.items()}
@@ -370,11 +392,9 @@ class _Log:
         The area under the ROC curve is the chance that of two customers the one who stayed has the higher probability,
         ties counted by half (Hanley and McNeil 1982).
         """
-        probability = "challenger_probability" if side == CHALLENGER and self.is_paired else "probability"
-        of_arm = "" if self.is_paired else f"AND side = {side}"
         grouped = f"""
-            SELECT {probability} AS p, SUM(stayed) AS stayed, SUM(1 - stayed) AS left_us
-            FROM ({self._units()}) AS units WHERE nth = 1 {of_arm} GROUP BY 1
+            SELECT {self._of(side, "probability")} AS p, SUM(stayed) AS stayed, SUM(1 - stayed) AS left_us
+            FROM evidence_units WHERE {self._answered_by(side)} GROUP BY 1
         """
         tenth = self._by_vendor(_WHOLE, f"p * {CALIBRATION_BINS}")
         rows = self._ask(
@@ -399,13 +419,17 @@ class _Log:
             "calibration": tuple((total / n, ones / n, n) for _, (total, ones, n) in sorted(bins.items())),
         }
 
-    def _units(self) -> str:
-        """The requests by which customers count where nth is 1; a 1 for what is so, a 0 for what is not."""
+    def _asked(self) -> str:
+        """The requests of the test; counts_at is null where no outcome counts. 1 is for what is so, 0 for what is not.
+
+        challenger_*: what a shadow says of the same request.
+        """
         outcome, acted_on = "r.feedback", "r.acted_on"
+        moment = self._literal(self._moment)
         if self._as_it_stood:
             then = "FROM endpoints_feedbackchange AS c WHERE c.request_id = r.id AND c.created_at"
-            told = f"{then} <= {self._literal(self._moment)} ORDER BY c.id DESC LIMIT 1"
-            has_changed = f"EXISTS (SELECT 1 {then} > {self._literal(self._moment)})"
+            told = f"{then} <= {moment} ORDER BY c.id DESC LIMIT 1"
+            has_changed = f"EXISTS (SELECT 1 {then} > {moment})"
             outcome, acted_on = (
                 f"CASE WHEN {has_changed} THEN (SELECT c.{name} {told}) ELSE r.{name} END"
                 for name in ("feedback", "acted_on")
@@ -414,51 +438,64 @@ class _Log:
         if self.test.maturity_days:
             mature_at = self._by_vendor(_LATER, "r.created_at", days=self.test.maturity_days)
             counts_at = f"CASE WHEN r.labelled_at < {mature_at} THEN {mature_at} ELSE r.labelled_at END"
-        shadow = ("", "", "")
+        counts = f"""
+            r.feedback IS NOT NULL AND r.labelled_at <= {moment} AND r.created_at <= {self._literal(self._mature_since)}
+        """
+        shadow = ("1 AS is_scored", "")
         if self.is_paired:
             shadow = (
-                ", CASE WHEN challenger_label = outcome THEN 1 ELSE 0 END AS challenger_right, challenger_probability",
-                ", s.response AS challenger_label, s.probability AS challenger_probability",
-                "JOIN endpoints_shadowanswer AS s ON s.request_id = r.id AND s.response IS NOT NULL",
+                """
+                s.response AS challenger_response, s.probability AS challenger_probability,
+                s.latency_ms AS challenger_latency_ms, CASE WHEN s.request_id IS NULL THEN 0 ELSE 1 END AS is_scored
+                """,
+                "LEFT JOIN endpoints_shadowanswer AS s ON s.request_id = r.id",
             )
         return f"""
-            SELECT id, side, treated, counts_at, probability {shadow[0]},
-                CASE WHEN response = outcome THEN 1 ELSE 0 END AS champion_right,
-                CASE WHEN outcome = '1' THEN 1 ELSE 0 END AS stayed,
-                ROW_NUMBER() OVER (
-                    PARTITION BY customer_key, CASE WHEN customer_key = '' THEN id END ORDER BY counts_at, id
-                ) AS nth
-            FROM (
-                SELECT r.id, r.customer_key, r.response, r.probability {shadow[1]}, {self._side()} AS side,
-                    {outcome} AS outcome, CASE WHEN {acted_on} THEN 1 ELSE 0 END AS treated, {counts_at} AS counts_at
-                FROM endpoints_mlrequest AS r {shadow[2]}
-                WHERE {self._in_test()} AND r.feedback IS NOT NULL
-                    AND r.labelled_at <= {self._literal(self._moment)}
-                    AND r.created_at <= {self._literal(self._mature_since)}
-            ) AS labelled
+            SELECT r.id, r.customer_key, r.response, r.probability, r.latency_ms, r.created_at AS asked_at,
+                CASE WHEN r.parent_mlalgorithm_id = {self._champion} THEN {CHAMPION} ELSE {CHALLENGER} END AS side,
+                CASE WHEN {counts} THEN {counts_at} END AS counts_at,
+                CASE WHEN {counts} THEN {outcome} END AS outcome,
+                CASE WHEN {acted_on} THEN 1 ELSE 0 END AS treated, {shadow[0]}
+            FROM endpoints_mlrequest AS r {shadow[1]}
+            WHERE r.abtest_id = {self.test.pk} AND {self._by_vendor(_NOT_BY_INDEX, "r.created_at")} <= {moment}
         """
 
-    def _in_test(self) -> str:
-        return f"r.abtest_id = {self.test.pk} AND r.created_at <= {self._literal(self._moment)}"
+    def _units(self) -> str:
+        """Of the customers whose outcome counts, the request by which they do."""
+        told, challenger, of_both = "", "", ""
+        if self.is_paired:
+            challenger = """
+                , CASE WHEN challenger_response = outcome THEN 1 ELSE 0 END AS challenger_right, challenger_probability
+            """
+            told = ", challenger_response, challenger_probability"
+            of_both = "AND challenger_response IS NOT NULL"
+        return f"""
+            SELECT id, side, treated, counts_at, probability {challenger},
+                CASE WHEN response = outcome THEN 1 ELSE 0 END AS champion_right,
+                CASE WHEN outcome = '1' THEN 1 ELSE 0 END AS stayed
+            FROM (
+                SELECT id, side, treated, counts_at, response, outcome, probability {told},
+                    ROW_NUMBER() OVER (
+                    PARTITION BY customer_key, {_KEYLESS} ORDER BY counts_at, id
+                ) AS nth FROM evidence_asked WHERE counts_at IS NOT NULL {of_both}
+            ) AS counting WHERE nth = 1
+        """
 
-    def _answered(self, side: int) -> str:
-        algorithm = (self._champion, self._challenger)[side]
-        return f"{self._in_test()} AND r.parent_mlalgorithm_id = {algorithm}"
+    def _of(self, side: int, column: str) -> str:
+        return f"challenger_{column}" if side == CHALLENGER and self.is_paired else column
 
-    def _scored(self) -> str:
-        return (
-            "endpoints_shadowanswer AS s JOIN endpoints_mlrequest AS r ON r.id = s.request_id "
-            f"WHERE s.abtest_id = {self.test.pk} AND r.created_at <= {self._literal(self._moment)}"
-        )
-
-    def _side(self) -> str:
-        return f"CASE WHEN r.parent_mlalgorithm_id = {self._champion} THEN {CHAMPION} ELSE {CHALLENGER} END"
+    def _answered_by(self, side: int) -> str:
+        return "1 = 1" if self.is_paired else f"side = {side}"
 
     def _literal(self, moment: Any) -> str:
         return f"'{moment}'"
 
     def _by_vendor(self, forms: dict[str, str], expression: str, **values: int) -> str:
         return forms[connection.vendor].format(expression, **values)
+
+    def _do(self, sql: str) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(sql)
 
     def _ask(self, sql: str) -> list[tuple[Any, ...]]:
         with connection.cursor() as cursor:
