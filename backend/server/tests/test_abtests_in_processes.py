@@ -14,6 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from itertools import groupby
@@ -149,15 +150,19 @@ def asked_alone(server: processes.Server, body: dict, headers: dict[str, str]) -
 
 def holder_of(port: int, client: int, workers: Sequence[int]) -> int:
     """Which process has the server's end of a connection between two ports. Linux only."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    ends = f"0100007F:{port:04X}", f"0100007F:{client:04X}"
-    (inode,) = [row[9] for row in rows if (row[1], row[2]) == ends]
+    ends = f" 0100007F:{port:04X} 0100007F:{client:04X} "
+    (row,) = [line for line in Path("/proc/net/tcp").read_text().splitlines() if ends in line]
+    inode = row.split()[9]
     (holder,) = [pid for pid in workers if f"socket:[{inode}]" in open_files(pid)]
     return holder
 
 
 def open_files(pid: int) -> set[str]:
-    return {link.readlink().name for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    names = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            names.add(link.readlink().name)
+    return names
 
 
 def test_a_customer_has_one_arm_in_every_process_however_named_and_after_a_restart(shop, customers):
