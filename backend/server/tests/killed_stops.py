@@ -49,12 +49,12 @@ def state() -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def stop(test_id: int, kill_after: int | None = None) -> tuple[list[str], str | None]:
-    """The statements of a stop, up to that after which it is killed, and its message if it lived to give it.
+def stop(test_id: int, kill_before: int | None = None) -> tuple[list[str], str | None]:
+    """The statements that a stop comes to, COMMIT among them, and its message if it lives to give it.
 
-    kill_after: how many statements; without, it is killed when it has its answer.
+    kill_before: which statement is not run any more, from 1; without, it is killed when it has its answer.
     """
-    child, told = _fork(lambda told: _stop_and_die(test_id, told, kill_after))
+    child, told = _fork(lambda told: _stop_and_die(test_id, told, kill_before))
     with told:
         lines = [json.loads(line) for line in told]
     os.waitpid(child, 0)
@@ -92,19 +92,27 @@ def _fork(do: Callable[[TextIO], None]) -> tuple[int, TextIO]:
         os._exit(0)
 
 
-def _stop_and_die(test_id: int, told: TextIO, kill_after: int | None = None) -> None:
+def _stop_and_die(test_id: int, told: TextIO, kill_before: int | None = None) -> None:
     count = 0
+    commit = connection.commit
 
-    def watch(execute: Callable[..., Any], sql: str, *details: Any) -> Any:
+    def come_to(sql: str) -> None:
         nonlocal count
-        result = execute(sql, *details)
         count += 1
         told.write(json.dumps({"sql": sql[:80]}) + "\n")
-        if count == kill_after:
+        if count == kill_before:
             os.kill(os.getpid(), signal.SIGKILL)
-        return result
 
-    with connection.execute_wrapper(watch):
+    def execute(run: Callable[..., Any], sql: str, *details: Any) -> Any:
+        come_to(sql)
+        return run(sql, *details)
+
+    def say_and_commit() -> None:
+        come_to("COMMIT")
+        commit()
+
+    connection.commit = say_and_commit  # no statement to Django
+    with connection.execute_wrapper(execute):
         response = _client().post(f"/api/v1/stop_ab_test/{test_id}")
     told.write(json.dumps({"answer": response.json()["message"]}) + "\n")
     os.kill(os.getpid(), signal.SIGKILL)

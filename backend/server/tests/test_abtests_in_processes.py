@@ -385,7 +385,7 @@ def left_by(before: dict, after: dict) -> str:
 
 
 @pytest.mark.parametrize("policy", ["accuracy", "evidence"])
-def test_a_stop_that_is_killed_after_any_statement_has_done_nothing_or_all(shop, customers, killer, policy):
+def test_a_stop_that_is_killed_before_any_statement_has_done_nothing_or_all(shop, customers, killer, policy):
     test_id = shop.begin(policy=policy).json()["id"]
     answers = shop.ask(customers[:600])
     is_right = [answer["algorithm"] == CHALLENGER or number % 2 for number, answer in enumerate(answers)]
@@ -398,7 +398,7 @@ def test_a_stop_that_is_killed_after_any_statement_has_done_nothing_or_all(shop,
     killer("prepare", test_id)
     before = killer("state")
 
-    # One is killed after its first statement, the next one after its second, until one is killed with its answer.
+    # One is killed before its first statement, the next one before its second, until one is killed with its answer.
     stops, left, answer = [], [], None
     while answer is None:
         statements, answer = killer("stop", test_id, len(stops) + 1)
@@ -407,7 +407,8 @@ def test_a_stop_that_is_killed_after_any_statement_has_done_nothing_or_all(shop,
 
     done = left.index("new")
     assert left == ["old"] * done + ["new"] * (len(left) - done)
-    # Each found the test as it was, and came one statement further; the last of those had written all, in vain.
+    # Each found the test as it was and came one statement further; the last of those had written all.
+    assert stops[done - 1][-1] == "COMMIT"
     assert stops[:done] == [stops[done][:count] for count in range(1, done + 1)]
     for written in (
         'UPDATE "endpoints_mlalgorithmstatus"',
