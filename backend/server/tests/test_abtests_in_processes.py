@@ -29,7 +29,7 @@ from apps.endpoints.statistics import sample_ratio_p
 from conftest import make_customers
 from tests import postgresql, processes
 
-pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("A/B tests in processes")]
+pytestmark = pytest.mark.whole
 
 PREDICT = "/api/v1/classifier/predict?status=production"
 CUSTOMER = {"Plan": "basic", "Orders": 4, "RecencyDays": 20, "MeanGapDays": 31.5, "Newsletter": True}
@@ -99,7 +99,12 @@ class Shop:
         assert response.status_code == 200, response.text
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def on(database: str) -> Any:
+    """One server for all tests on a kind of database, however many processes run them."""
+    return pytest.param(database, marks=pytest.mark.xdist_group(f"A/B tests on {database}"))
+
+
+@pytest.fixture(scope="module", params=[on("sqlite"), on("postgresql")])
 def a_shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Iterator[Shop]:
     folder = tmp_path_factory.mktemp("shop")
     url = f"sqlite:///{folder / 'server.sqlite3'}"
