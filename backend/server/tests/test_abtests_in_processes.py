@@ -156,8 +156,13 @@ def asked_alone(server: processes.Server, body: dict, headers: dict[str, str]) -
 def holder_of(port: int, client: int, workers: Sequence[int]) -> int:
     """Which process has the server's end of a connection between two ports. Linux only."""
     ends = f" 0100007F:{port:04X} 0100007F:{client:04X} "
-    (row,) = [line for line in Path("/proc/net/tcp").read_text().splitlines() if ends in line]
-    inode = row.split()[9]
+    inodes: set[str] = set()
+    for _ in range(100):
+        # Others change the table while it is read, piece by piece: a row may come twice, or not at all.
+        inodes |= {row.split()[9] for row in Path("/proc/net/tcp").read_text().splitlines() if ends in row}
+        if inodes:
+            break
+    (inode,) = inodes
     (holder,) = [pid for pid in workers if f"socket:[{inode}]" in open_files(pid)]
     return holder
 
