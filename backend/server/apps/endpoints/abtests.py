@@ -83,7 +83,7 @@ def start(title: str, first: MLAlgorithm, second: MLAlgorithm, *, by: str, now: 
             **{"policy": settings.ABTEST_POLICY, "maturity_days": endpoint.maturity_days, **plan},
         )
         for algorithm in (first, second):
-            lifecycle.move(algorithm, Status.AB_TESTING, by=by, now=now)
+            lifecycle.move(algorithm, Status.AB_TESTING, by=by, now=now, reason=f"A/B test {test.pk} began: {title}")
     return test
 
 
@@ -263,14 +263,15 @@ def _apply(test: ABTest, outcome: _Outcome, *, by: str, now: datetime) -> str:
         promoted = test.champion
         others = {challenger: Status.TESTING} | ({} if promoted else {champion: _status_before(champion)})
         target = Status.PRODUCTION
+    step = {"by": by, "now": now, "reason": f"A/B test {test.pk} ended: {test.title}"}
     for arm, status in others.items():
-        lifecycle.move(arm, status, by=by, now=now)
+        lifecycle.move(arm, status, **step)
     if promoted is None:
         return ""
     if target == Status.PRODUCTION:
-        lifecycle.promote(promoted, by=by, now=now)
+        lifecycle.promote(promoted, **step)
     else:
-        lifecycle.move(promoted, target, by=by, now=now)
+        lifecycle.move(promoted, target, **step)
     return "" if promoted == test.champion else target
 
 

@@ -104,6 +104,16 @@ class TestStarting:
         }
         assert {entry.created_by for entry in tree.statuses.filter(active=True)} == {"Ada"}
 
+    def test_the_status_history_names_the_test(self, api, forest, tree):
+        test = begin(api, forest, tree).json()["id"]
+        stop(api, test)
+
+        steps = api.get("/api/v1/mlalgorithmstatuses").json()
+        assert [step["reason"] for step in steps if step["parent_mlalgorithm"] == tree.pk][-2:] == [
+            f"A/B test {test} began: Forest against tree",
+            f"A/B test {test} ended: Forest against tree",
+        ]
+
     def test_a_test_can_be_read_alone_and_in_the_list(self, api, forest, tree, extra):
         first = begin(api, forest, tree).json()
         stop(api, first["id"])
