@@ -9,20 +9,12 @@ the same file again, and by customer_key with other outcomes. Prints the seconds
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-BACKEND = Path(__file__).resolve().parents[1] / "backend/server"
-sys.path.insert(0, str(BACKEND))
-
-from tests import postgresql  # noqa: E402
+from databases import on_each
 
 FIRST, OUTCOME_AT = datetime(2026, 1, 1, tzinfo=UTC), "2026-03-01"
 CHUNK = 10_000
@@ -109,19 +101,7 @@ def main() -> None:
             sys.stdout.write(f"{asked.name:<11} {what:<12} {seconds:>6.1f} s  {answer}\n")
             sys.stdout.flush()
         return
-    settings = {"DJANGO_SETTINGS_MODULE": "server.settings", "DEBUG": "1", "LOG_LEVEL": "WARNING"}
-    tempfile.tempdir = "/var/tmp"  # /tmp may be memory, in which a durable write costs nothing
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        databases = {"SQLite": f"sqlite:///{folder}/bench.sqlite3"}
-        if postgresql.binaries():
-            databases["PostgreSQL"] = postgresql.new_database(stack.enter_context(postgresql.running(durable=True)))
-        for name, url in databases.items():
-            subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--name", name],
-                env={**os.environ, **settings, "DATABASE_URL": url, "BATCH_DIR": folder},
-                check=True,
-            )
+    on_each(__file__)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""How long the evidence of a large A/B test takes, on SQLite and PostgreSQL.
+
+    python bench/evidence.py [--requests 1000000]
+
+Fills a split and a shadow test with so many requests, of customers of whom most ask once and of whom half are labelled,
+and prints the seconds that a verdict and a report take, in this process; and for comparison how long the database takes
+to read the test's rows once, and to sort them by customer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from databases import on_each
+
+if TYPE_CHECKING:
+    from apps.endpoints.models import ABTest
+
+CHUNK = 20_000
+DAYS = 30
+OTHER = {"1": "0", "0": "1"}
+READ = "SELECT COUNT(DISTINCT customer_key), SUM(probability) FROM endpoints_mlrequest WHERE abtest_id = %s"
+
+
+def _fill(design: str, count: int) -> ABTest:
+    from django.utils import timezone
+
+    from apps.endpoints import lifecycle
+    from apps.endpoints.models import ABTest, MLRequest, ShadowAnswer
+
+    now = timezone.now()
+    began = now - timedelta(days=DAYS)
+    how = {"status": "testing", "owner": "bench", "now": now, "key": "none", "artifact": "", "artifact_sha256": ""}
+    how |= {"schema_sha256": "", "target": {"name": "IsRetained", "positive": "1", "negative": "0"}}
+    champion, challenger = (lifecycle.register(design, name, "1", **how) for name in ("champion", "challenger"))
+    arms = {"parent_mlalgorithm_1": champion, "parent_mlalgorithm_2": challenger}
+    plan = {"design": design, "parent_endpoint": champion.parent_endpoint}
+    test = ABTest.objects.create(title=design, created_by="bench", created_at=began, **arms, **plan)
+    customer = {f"Column{number}": number * 1.5 for number in range(12)}
+    draw = random.Random(0)
+    for start in range(0, count, CHUNK):
+        requests = []
+        for number in range(start, min(start + CHUNK, count)):
+            who, probability = draw.randrange(2 * count), draw.random()
+            label = "1" if probability >= 0.5 else "0"
+            asked = began + (now - began) * (number / count)
+            is_known = who % 4 < 2
+            requests.append(
+                MLRequest(
+                    input_data=customer,
+                    full_response={"probability": probability, "label": label},
+                    response=label,
+                    probability=probability,
+                    feedback=(label if draw.random() < 0.8 else OTHER[label]) if is_known else None,
+                    labelled_at=asked if is_known else None,
+                    created_at=asked,
+                    latency_ms=draw.expovariate(1),
+                    customer_key=f"C{who}",
+                    parent_mlalgorithm=challenger if design == ABTest.Design.SPLIT and who % 2 else champion,
+                    abtest=test,
+                )
+            )
+        MLRequest.objects.bulk_create(requests)
+        if design == ABTest.Design.SHADOW:
+            ShadowAnswer.objects.bulk_create(
+                ShadowAnswer(
+                    request=request,
+                    abtest=test,
+                    response=request.response if draw.random() < 0.95 else OTHER[request.response],
+                    probability=request.probability,
+                    latency_ms=draw.expovariate(1),
+                )
+                for request in requests
+            )
+    return test
+
+
+def _measure(name: str, count: int) -> None:
+    import django
+    from django.core.management import call_command
+    from django.db import connection
+    from django.utils import timezone
+
+    django.setup()
+    call_command("migrate", verbosity=0)
+    from apps.endpoints import evidence, report, verdict
+
+    def read(test: ABTest) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(READ, [test.pk])
+            cursor.fetchall()
+
+    asked: dict[str, Callable[[ABTest], object]] = {
+        "read once": read,
+        "verdict": lambda test: verdict.judge(evidence.gather(test, timezone.now(), only_for_verdict=True)),
+        "report": lambda test: report.report(test, now=timezone.now()),
+    }
+    import statsmodels.stats.proportion  # noqa: F401  so that no figure has the time of its import
+
+    for design in ("split", "shadow"):
+        test = _fill(design, count)
+        with connection.cursor() as cursor:
+            cursor.execute("ANALYZE")  # as PostgreSQL does by itself after some seconds
+        for what, ask in asked.items():
+            began = time.perf_counter()
+            ask(test)
+            sys.stdout.write(f"{name:<11} {design:<7} {what:<10} {time.perf_counter() - began:>6.1f} s\n")
+            sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--name", help=argparse.SUPPRESS)  # of the database that DATABASE_URL is, to measure there
+    asked = parser.parse_args()
+    if asked.name:
+        _measure(asked.name, asked.requests)
+    else:
+        on_each(__file__)
+
+
+if __name__ == "__main__":
+    main()
