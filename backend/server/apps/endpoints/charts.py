@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from django.utils import timezone
+
 from apps.endpoints.evidence import UNTREATED
 
 if TYPE_CHECKING:
@@ -63,12 +65,14 @@ def slide(report: dict[str, Any]) -> bytes:
     def draw(figure: Figure) -> None:
         decision = report["decision"]
         heading, charts = figure.subfigures(2, height_ratios=[1, 4])
-        heading.text(0.02, 0.88, textwrap.shorten(report["title"], 80), fontsize=17, weight="bold", va="top")
-        heading.text(0.02, 0.52, textwrap.fill(decision["sentence"], 125), fontsize=12, va="top", linespacing=1.3)
+        told = report["summary"] or " ".join([decision["sentence"], *decision["warnings"]])
+        size, width = (12, 125) if len(told) < 360 else (9, 165)
+        heading.text(0.02, 0.9, _short(report["title"], 80), fontsize=17, weight="bold", va="top")
+        heading.text(0.02, 0.58, textwrap.fill(_short(told, 900), width), fontsize=size, va="top", linespacing=1.3)
         axes = charts.subplot_mosaic([["difference", "difference"], ["accuracy", "calibration"]])
         for name, draw_chart in CHARTS.items():
             draw_chart(axes[name], report)
-        note = textwrap.fill(f"{how_to_read(report)} As of {report['as_of']:%Y-%m-%d}.", 170)
+        note = textwrap.fill(f"{how_to_read(report)} As of {timezone.localtime(report['as_of']):%Y-%m-%d}.", 170)
         charts.supxlabel(note, x=0.02, ha="left", fontsize=9, color=GREY)
 
     return _drawn(SLIDE_INCHES, "png", draw)
@@ -78,8 +82,8 @@ def how_to_read(report: dict[str, Any]) -> str:
     """The interval in words."""
     sure = f"{100 * (1 - report['alpha']):g}%"
     return (
-        f"The band holds the true difference with {sure} certainty, however often one looks. Once all of it is above "
-        "zero the challenger is shown to be better, and once all of it is below zero the champion is."
+        f"The band is where the true difference lies, with {sure} certainty, however often one looks. While zero is "
+        "inside, neither is shown to be better."
     )
 
 
@@ -124,8 +128,8 @@ def _difference(axes: Axes, report: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.3g}" if value else "0"))
     axes.set_ylabel("lead, in points of accuracy")
     for height, side, name in ((0.97, "top", "challenger"), (0.03, "bottom", "champion")):
-        better = f"{_short(report[name]['name'])} is better"
-        axes.text(0.99, height, better, transform=axes.transAxes, ha="right", va=side, color=GREY)
+        ahead = f"{_short(report[name]['name'])} ahead"
+        axes.text(0.99, height, ahead, transform=axes.transAxes, ha="right", va=side, color=GREY)
     return None
 
 
@@ -168,12 +172,12 @@ def _calibration(axes: Axes, report: dict[str, Any]) -> None:
         )
         axes.plot(said, stayed, color=style["color"], linewidth=1)
         areas = [10 + 110 * count / most for count in customers]
-        axes.scatter(said, stayed, areas, alpha=0.75, label=_short(arm["name"]), **style)
+        axes.scatter(said, stayed, areas, alpha=0.75, label=f" {_short(arm['name'])}", **style)
     for axis, name in ((axes.xaxis, "chance to stay that was told"), (axes.yaxis, "customers who stayed")):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.set_label_text(name)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    # As large in the legend, whatever the first of the areas.
+    # The names begin with a space: matplotlib leaves out what begins with "_". Each mark is as large as the other.
     for handle in axes.legend(loc="upper left").legend_handles:
         handle.set_sizes([40])
     return None
@@ -193,5 +197,7 @@ def _nothing_yet(axes: Axes) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def _short(name: str) -> str:
-    return textwrap.shorten(name, 40, placeholder=" ...")
+def _short(text: str, most: int = 40) -> str:
+    """Without its middle: the end of a name is its version."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[most // 2 + 3 - most :]}"

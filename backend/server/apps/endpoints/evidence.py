@@ -8,7 +8,7 @@ the order in which outcomes began to count, then by id.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from itertools import accumulate
@@ -48,9 +48,9 @@ class Arm:
     """One algorithm in a test.
 
     requests: answered, or of a shadow's challenger scored. failures: what the challenger should have answered, or
-    scored, and could not; of a split the champion answered those, outside the test. customers: who asked. labelled:
-    customers whose outcome counts; judged: those on whom the verdict rests. calibration: (mean probability, share that
-    stayed, customers) by tenth of the probability. latency_ms: by percentile, of all requests.
+    scored, and could not; of a split the champion answered those, and they count as wrong. customers: who asked.
+    labelled: customers whose outcome counts; judged: those on whom the verdict rests. calibration: (mean probability,
+    share that stayed, customers) by tenth of the probability. latency_ms: by percentile, of all requests.
     """
 
     algorithm: MLAlgorithm
@@ -273,7 +273,7 @@ class _Log:
     def __init__(self, test: ABTest, as_of: datetime, as_it_stood: bool):
         self.is_paired = test.design == ABTest.Design.SHADOW
         self.test = test
-        self._champion, self._challenger = (algorithm.pk for algorithm in test.arms)
+        self._champion = test.arms[CHAMPION].pk
         self._moment = connection.ops.adapt_datetimefield_value(as_of)
         self._mature_since = connection.ops.adapt_datetimefield_value(as_of - timedelta(days=test.maturity_days))
         self._as_it_stood = as_it_stood
@@ -281,18 +281,24 @@ class _Log:
     @contextmanager
     def read_once(self) -> Iterator[None]:
         """While this lasts, questions can be asked."""
-        # A pooler of PostgreSQL's gives another connection to the next transaction. On SQLite a transaction would keep
-        # all writers waiting, and only this connection sees the tables.
-        with nullcontext() if connection.vendor == "sqlite" else transaction.atomic():
-            self._drop()  # what an error has left
+        # A pooler of PostgreSQL's gives another connection to the next transaction, and an error undoes the tables with
+        # it. On SQLite a transaction would keep all writers waiting, and only this connection sees the tables.
+        with ExitStack() as scope:
+            if connection.vendor == "sqlite":
+                scope.callback(self._drop)
+            else:
+                scope.enter_context(transaction.atomic())
+                self._drop()
             self._do(f"CREATE TEMPORARY TABLE evidence_asked AS {self._asked()}")
             self._do(f"CREATE TEMPORARY TABLE evidence_units AS {self._units()}")
             yield
-            self._drop()
+            if connection.vendor != "sqlite":
+                self._drop()
 
     def _drop(self) -> None:
         for table in ("evidence_asked", "evidence_units"):
-            self._do(f"DROP TABLE IF EXISTS {table}")
+            # Without this word MySQL would commit.
+            self._do(f"DROP {'TEMPORARY' if connection.vendor == 'mysql' else ''} TABLE IF EXISTS {table}")
 
     def accumulated(self) -> list[_Accumulated]:
         """By day and treatment, the customers whose outcome began to count then."""
@@ -353,21 +359,14 @@ class _Log:
     def traffic(self, side: int) -> dict[str, int]:
         """Requests answered, how many of them with label 1, and how many the challenger could not answer."""
         response = self._of(side, "response")
-        ((*counted, failures),) = self._ask(
+        (counted,) = self._ask(
             f"""
             SELECT COUNT({response}), COALESCE(SUM(CASE WHEN {response} = '1' THEN 1 ELSE 0 END), 0),
                 COALESCE(SUM(CASE WHEN {response} IS NULL AND is_scored = 1 THEN 1 ELSE 0 END), 0)
             FROM evidence_asked WHERE {self._answered_by(side)}
             """
         )
-        if side == CHALLENGER and not self.is_paired:
-            ((failures,),) = self._ask(
-                f"""
-                SELECT COUNT(*) FROM endpoints_shadowanswer AS s JOIN endpoints_mlrequest AS r ON r.id = s.request_id
-                WHERE s.abtest_id = {self.test.pk} AND r.created_at <= {self._literal(self._moment)}
-                """
-            )
-        return {**dict(zip(("requests", "positive"), counted, strict=True)), "failures": failures}
+        return dict(zip(("requests", "positive", "failures"), counted, strict=True))
 
     def percentiles(self, side: int, requests: int) -> dict[int, float]:
         """Nearest-rank percentiles of the latency of all requests of an arm, in milliseconds."""
@@ -394,7 +393,7 @@ class _Log:
         """
         grouped = f"""
             SELECT {self._of(side, "probability")} AS p, SUM(stayed) AS stayed, SUM(1 - stayed) AS left_us
-            FROM evidence_units WHERE {self._answered_by(side)} GROUP BY 1
+            FROM evidence_units WHERE {self._answered_by(side)} AND probability IS NOT NULL GROUP BY 1
         """
         tenth = self._by_vendor(_WHOLE, f"p * {CALIBRATION_BINS}")
         rows = self._ask(
@@ -422,7 +421,8 @@ class _Log:
     def _asked(self) -> str:
         """The requests of the test; counts_at is null where no outcome counts. 1 is for what is so, 0 for what is not.
 
-        challenger_*: what a shadow says of the same request.
+        challenger_*: what a shadow says of the same request. What a split's challenger could not answer is among its
+        requests, without an answer: without its failures it would look better than it is.
         """
         outcome, acted_on = "r.feedback", "r.acted_on"
         moment = self._literal(self._moment)
@@ -441,23 +441,29 @@ class _Log:
         counts = f"""
             r.feedback IS NOT NULL AND r.labelled_at <= {moment} AND r.created_at <= {self._literal(self._mature_since)}
         """
-        shadow = ("1 AS is_scored", "")
+        told = f"""
+            r.id, r.customer_key, r.created_at AS asked_at,
+            CASE WHEN {counts} THEN {counts_at} END AS counts_at, CASE WHEN {counts} THEN {outcome} END AS outcome,
+            CASE WHEN {acted_on} THEN 1 ELSE 0 END AS treated
+        """
+        came = f"{self._by_vendor(_NOT_BY_INDEX, 'r.created_at')} <= {moment}"
+        side = f"CASE WHEN r.parent_mlalgorithm_id = {self._champion} THEN {CHAMPION} ELSE {CHALLENGER} END AS side"
+        answered = f"{told}, {side}, r.response, r.probability, r.latency_ms"
         if self.is_paired:
-            shadow = (
-                """
-                s.response AS challenger_response, s.probability AS challenger_probability,
-                s.latency_ms AS challenger_latency_ms, CASE WHEN s.request_id IS NULL THEN 0 ELSE 1 END AS is_scored
-                """,
-                "LEFT JOIN endpoints_shadowanswer AS s ON s.request_id = r.id",
-            )
+            return f"""
+                SELECT {answered}, CASE WHEN s.request_id IS NULL THEN 0 ELSE 1 END AS is_scored,
+                    s.response AS challenger_response, s.probability AS challenger_probability,
+                    s.latency_ms AS challenger_latency_ms
+                FROM endpoints_mlrequest AS r LEFT JOIN endpoints_shadowanswer AS s ON s.request_id = r.id
+                WHERE r.abtest_id = {self.test.pk} AND {came}
+            """
         return f"""
-            SELECT r.id, r.customer_key, r.response, r.probability, r.latency_ms, r.created_at AS asked_at,
-                CASE WHEN r.parent_mlalgorithm_id = {self._champion} THEN {CHAMPION} ELSE {CHALLENGER} END AS side,
-                CASE WHEN {counts} THEN {counts_at} END AS counts_at,
-                CASE WHEN {counts} THEN {outcome} END AS outcome,
-                CASE WHEN {acted_on} THEN 1 ELSE 0 END AS treated, {shadow[0]}
-            FROM endpoints_mlrequest AS r {shadow[1]}
-            WHERE r.abtest_id = {self.test.pk} AND {self._by_vendor(_NOT_BY_INDEX, "r.created_at")} <= {moment}
+            SELECT {answered}, 1 AS is_scored
+            FROM endpoints_mlrequest AS r WHERE r.abtest_id = {self.test.pk} AND {came}
+            UNION ALL
+            SELECT {told}, {CHALLENGER}, NULL, NULL, NULL, 1
+            FROM endpoints_shadowanswer AS s JOIN endpoints_mlrequest AS r ON r.id = s.request_id
+            WHERE s.abtest_id = {self.test.pk} AND s.created_at <= {moment} AND {came}
         """
 
     def _units(self) -> str:

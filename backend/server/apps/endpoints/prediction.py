@@ -8,15 +8,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import django.db
 from django.conf import settings
-from django.db import DatabaseError
+from django.utils import timezone
 
 from apps.endpoints.abtests import Traffic
 from apps.endpoints.journal import NewRequest, journal
-from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLAlgorithmStatus, ShadowAnswer, Status
+from apps.endpoints.models import (
+    FEEDBACK_LABELS,
+    ABTest,
+    Endpoint,
+    MLAlgorithm,
+    MLAlgorithmStatus,
+    ShadowAnswer,
+    Status,
+)
 from apps.endpoints.premise import Premise
 from apps.endpoints.turns import in_turn
 from apps.ml.artifacts import HOW_TO_TRAIN, ArtifactError
@@ -212,17 +222,18 @@ def predict_from_memory(
     if served is None or served.newest_step is None or not journal.can_record_if():
         return None
     try:
-        choice = _remembered_choice(served, wanted)
-        if _broken_arms(choice):
-            return None
+        choice = _without_a_broken_champion(_remembered_choice(served, wanted))
         told_key = _checked_key(customer_key, [customer])
-        (algorithm,) = _arms(choice, [customer], told_key)
-        (request,) = _scored(algorithm, [customer], choice.test_id, now, told_key)
-    except Exception:  # of a model, which may raise anything
+        (arm,) = _arms(choice, [customer], told_key)
+        (scored,) = _scored_in_test(arm, choice, [customer], now, told_key)
+    except (PredictionError, InputError):
         return None
     premise = Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step)
-    pk = journal.record_if(premise, request)
-    return None if pk is None else _answer(pk, request, algorithm)
+    pk = journal.record_if(premise, scored.request)
+    if pk is None:
+        return None
+    _record_failures(choice, [pk], [scored])
+    return _answer(pk, scored)
 
 
 # What came of callers' wishes, for as long as the registry knows what is served.
@@ -258,18 +269,10 @@ def score(
     Whatever a test's challenger cannot answer the champion does, outside the test, and it is recorded as a failure.
     customer_key: of the only row, told beside it. Raises Unavailable, BadCustomerKey, InputError.
     """
+    choice = _without_a_broken_champion(choice)
     told_key = _checked_key(customer_key, rows)
-    test_id = choice.test_id
-    champion = choice.algorithms[0]
-    failures: dict[int, str] = {}
-    broken = _broken_arms(choice)
-    if broken:
-        if champion not in broken:
-            meant = _arms(choice, rows, told_key, as_text)
-            failures = {position: broken[arm] for position, arm in enumerate(meant) if arm in broken}
-        choice = Choice([arm for arm in choice.algorithms if arm not in broken])
     arms = _arms(choice, rows, told_key, as_text)
-    recorded: dict[int, tuple[MLAlgorithm, NewRequest]] = {}
+    recorded: dict[int, _Scored] = {}
     problems: list[Problem] = []
     for algorithm in choice.algorithms:
         positions = [position for position, arm in enumerate(arms) if arm is algorithm]
@@ -277,37 +280,84 @@ def score(
             continue
         try:
             own = [rows[position] for position in positions]
-            answering, scored, failure = _scored_in_test(algorithm, choice, own, now, told_key, as_text)
+            scored = _scored_in_test(algorithm, choice, own, now, told_key, as_text)
         except InputError as error:
             problems += [replace(problem, row=positions[problem.row]) for problem in error.problems]
             continue
-        for position, request in zip(positions, scored, strict=True):
-            recorded[position] = answering, request
-        if failure:
-            failures |= dict.fromkeys(positions, failure)
+        recorded |= zip(positions, scored, strict=True)
     if problems:
         raise InputError(problems)
     in_order = [recorded[position] for position in range(len(rows))]
-    ids = journal.record([request for _, request in in_order])
-    if failures:
-        _record_failures(test_id, {ids[position]: why for position, why in failures.items()}, now)
-    return [_answer(pk, request, algorithm) for pk, (algorithm, request) in zip(ids, in_order, strict=True)]
+    ids = journal.record([scored.request for scored in in_order])
+    _record_failures(choice, ids, in_order)
+    return [_answer(pk, scored) for pk, scored in zip(ids, in_order, strict=True)]
 
 
-def _answer(pk: int, request: NewRequest, algorithm: MLAlgorithm) -> Answer:
-    return Answer(pk, request.probability, request.response, algorithm, request.full_response.get("warnings", ()))
+@dataclass(frozen=True)
+class _Scored:
+    """What an algorithm answers, not recorded yet. failure: why the challenger, whose customer it is, does not."""
+
+    algorithm: MLAlgorithm
+    request: NewRequest
+    failure: str = ""
 
 
-def _broken_arms(choice: Choice) -> dict[MLAlgorithm, str]:
-    """Which arm of a test cannot be loaded, and why: it breaks no caller, as the other one answers alone."""
-    broken = {}
-    if choice.test_id is not None:
-        for algorithm in choice.algorithms:
-            try:
-                classifier_of(algorithm)
-            except Unavailable as error:
-                broken[algorithm] = failure_of(error)
-    return broken if len(broken) < len(choice.algorithms) else {}
+def _answer(pk: int, scored: _Scored) -> Answer:
+    request = scored.request
+    warnings = request.full_response.get("warnings", ())
+    return Answer(pk, request.probability, request.response, scored.algorithm, warnings)
+
+
+def _without_a_broken_champion(choice: Choice) -> Choice:
+    """A test whose champion cannot be loaded breaks no caller: the challenger answers alone, outside the test."""
+    if len(choice.algorithms) > 1:
+        try:
+            classifier_of(choice.algorithms[0])
+        except Unavailable:
+            return Choice(choice.algorithms[1:])
+    return choice
+
+
+def _scored_in_test(
+    algorithm: MLAlgorithm, choice: Choice, rows: Sequence[Mapping[str, Any]], now: datetime, *how: Any
+) -> list[_Scored]:
+    """The answers for rows that are an algorithm's; of what the challenger cannot answer the champion's.
+
+    how: as `_scored` takes it. Raises Unavailable, BadCustomerKey, and InputError for rows that the champion refuses.
+    """
+    champion = choice.algorithms[0]
+    if algorithm is champion:
+        return [_Scored(champion, request) for request in _scored(champion, rows, choice.test_id, now, *how)]
+
+    def of_challenger(rows: Sequence[Mapping[str, Any]]) -> list[_Scored]:
+        answered = _scored(algorithm, rows, choice.test_id, now, *how)
+        for request in answered:
+            if why := nonsense(request.full_response):
+                raise ValueError(why)
+        return [_Scored(algorithm, request) for request in answered]
+
+    try:
+        return of_challenger(rows)
+    except Exception as error:  # of a model, which may raise anything
+        failure = failure_of(error)
+        instead = [_Scored(champion, request, failure) for request in _scored(champion, rows, None, now, *how)]
+        if len(rows) == 1 or isinstance(error, Unavailable):
+            return instead
+    found = []
+    for row, of_champion in zip(rows, instead, strict=True):
+        try:
+            found += of_challenger([row])
+        except Exception as error:
+            found.append(replace(of_champion, failure=failure_of(error)))
+    return found
+
+
+def nonsense(answer: Mapping[str, Any]) -> str:
+    """Why a model's answer is none, "" if it is one."""
+    probability, label = answer["probability"], answer["label"]
+    if not (isinstance(probability, Real) and 0 <= probability <= 1):
+        return f"It answered the probability {probability}."
+    return "" if label in FEEDBACK_LABELS else f"It answered the label {label}."
 
 
 def failure_of(error: Exception) -> str:
@@ -317,31 +367,21 @@ def failure_of(error: Exception) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _record_failures(test_id: int, failures: Mapping[int, str], now: datetime) -> None:
+def _record_failures(choice: Choice, ids: Sequence[int], scored: Sequence[_Scored]) -> None:
     """Of a split test's challenger, by the requests that the champion answered in its place."""
-    rows = [
-        ShadowAnswer(request_id=pk, abtest_id=test_id, latency_ms=0, failure=why, created_at=now)
-        for pk, why in failures.items()
-    ]
-    logger.warning("The challenger of A/B test %s failed, and the champion answered: %s", test_id, rows[0].failure)
+    failures = {pk: one.failure for pk, one in zip(ids, scored, strict=True) if one.failure}
+    if not failures:
+        return
+    what = {"abtest_id": choice.test_id, "latency_ms": 0, "created_at": timezone.now()}
+    rows = [ShadowAnswer(request_id=pk, failure=failure, **what) for pk, failure in failures.items()]
+    logger.warning(
+        "The challenger of A/B test %s failed, and the champion answered: %s", choice.test_id, rows[0].failure
+    )
     try:
         in_turn(lambda: ShadowAnswer.objects.bulk_create(rows))
-    except DatabaseError:
+    except django.db.Error:
         # The customer's answer is recorded, and is worth more than the count of failures.
-        logger.exception("A failure of the challenger of A/B test %s could not be recorded", test_id)
-
-
-def _scored_in_test(
-    algorithm: MLAlgorithm, choice: Choice, rows: Sequence[Mapping[str, Any]], now: datetime, *how: Any
-) -> tuple[MLAlgorithm, list[NewRequest], str]:
-    """Who answers, what, and why it is not the challenger if that should and cannot. how: as `_scored` takes it."""
-    champion = choice.algorithms[0]
-    try:
-        return algorithm, _scored(algorithm, rows, choice.test_id, now, *how), ""
-    except Exception as error:  # of a model, which may raise anything
-        if algorithm is champion:
-            raise
-        return champion, _scored(champion, rows, None, now, *how), failure_of(error)
+        logger.exception("A failure of the challenger of A/B test %s could not be recorded", choice.test_id)
 
 
 def _scored(

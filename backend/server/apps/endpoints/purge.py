@@ -31,7 +31,11 @@ def selected(*, before: datetime | None = None, customer: str | None = None) -> 
 
 def running_tests_of(requests: RequestQuerySet) -> list[ABTest]:
     """The running A/B tests whose decision counts some of these requests."""
-    return [test for test in ABTest.objects.running().order_by("pk") if requests.filter(abtest=test).exists()]
+    return [
+        test
+        for test in ABTest.objects.running().order_by("pk")
+        if requests.filter(abtest=test).exists() or requests.filter(shadow__abtest=test).exists()
+    ]
 
 
 def purge(requests: RequestQuerySet) -> Iterator[Purged]:

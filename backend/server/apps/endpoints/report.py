@@ -25,6 +25,7 @@ def report(test: ABTest, *, now: datetime) -> dict[str, Any]:
         "alpha": test.alpha,
         "as_of": evidence.as_of,
         "ended_at": test.ended_at,
+        "summary": test.summary,
         "decision": {
             "verdict": judgement.verdict,
             "sentence": judgement.sentence,

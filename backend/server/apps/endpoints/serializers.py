@@ -419,6 +419,7 @@ class ReportSerializer(serializers.Serializer):
     alpha = serializers.FloatField(help_text="Intervals hold with a certainty of 1 - alpha.")
     as_of = serializers.DateTimeField()
     ended_at = serializers.DateTimeField(allow_null=True)
+    summary = serializers.CharField(help_text="How it was ended; empty while it runs.")
     decision = ReportDecisionSerializer(help_text="What the evidence says; how a test was ended is told by the test.")
     judged_on = serializers.ChoiceField([EVERYONE, UNTREATED])
     treated_share = serializers.FloatField()

@@ -48,11 +48,10 @@ class Said:
 
 
 def read(answer: Mapping[str, Any], latency_ms: float = 0.0) -> Said:
-    """What a classifier's answer says; a failure when its probability is none."""
-    probability = answer["probability"]
-    if not 0 <= probability <= 1:
-        return Said(latency_ms, failure=f"It answered the probability {probability}.")
-    return Said(latency_ms, answer["label"], probability)
+    """What a classifier's answer says; a failure when it is nonsense."""
+    if why := prediction.nonsense(answer):
+        return Said(latency_ms, failure=why)
+    return Said(latency_ms, answer["label"], answer["probability"])
 
 
 def said_of(classifier: RetentionClassifier, row: Mapping[str, Any]) -> Said:

@@ -173,10 +173,11 @@ def _broken_guardrail(evidence: Evidence) -> tuple[Decision.Verdict, str] | None
 
 def _invalid(evidence: Evidence, checks: Checks) -> tuple[Decision.Verdict, str] | None:
     champion, challenger = evidence.arms
+    weight = evidence.test.weight
     if checks.sample_ratio_p is not None and checks.sample_ratio_p < CHECKS_ALPHA:
         what = (
             f"{champion.customers:,} customers came to {champion.algorithm} and {challenger.customers:,} to "
-            f"{challenger.algorithm}, where {1 - evidence.test.weight:.0%} and {evidence.test.weight:.0%} were planned "
+            f"{challenger.algorithm}, where {100 * (1 - weight):.4g}% and {100 * weight:.4g}% were planned "
             f"({_p(checks.sample_ratio_p)}): something keeps customers away from one arm"
         )
     elif checks.label_rate_p is not None and checks.label_rate_p < CHECKS_ALPHA:
@@ -271,6 +272,12 @@ def _warnings(evidence: Evidence) -> list[str]:
         warnings.append(
             "The verdict rests on treated customers too, because too few were left alone "
             f"({evidence.test.minimum_labelled:,} are needed)."
+        )
+    failures = evidence.challenger.failures
+    if failures and not evidence.is_paired:
+        warnings.append(
+            f"{evidence.challenger.algorithm} could not answer {failures:,} of its requests. The champion answered "
+            "them, and they count as wrong."
         )
     if evidence.is_paired and evidence.waiting:
         warnings.append(f"The challenger has not scored {evidence.waiting:,} requests yet; a batch worker does it.")

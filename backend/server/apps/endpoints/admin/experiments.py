@@ -74,10 +74,10 @@ class StopForm(BaseDialogForm):
     """Left as it is, the test's policy decides."""
 
     promote = forms.ChoiceField(
-        label="Who goes to production",
+        label="Who wins",
         required=False,
         choices=[
-            ("", "whom the test's policy chooses"),
+            ("", "whoever the test's policy says"),
             ("champion", "the champion, whatever the policy says"),
             ("challenger", "the challenger, whatever the policy says"),
         ],
@@ -86,7 +86,8 @@ class StopForm(BaseDialogForm):
     reason = forms.CharField(
         required=False,
         max_length=2_000,
-        help_text="Needed to overrule the policy; it is recorded.",
+        help_text="Needed to overrule the policy, and recorded. A winner goes to production if one of the two held it, "
+        "else where the plan says.",
         widget=UnfoldAdminTextareaWidget({"rows": 3}),
     )
 
@@ -124,7 +125,10 @@ class ABTestAdmin(HistoryAdmin):
         (None, {"fields": ("title", "parent_mlalgorithm_1", "parent_mlalgorithm_2")}),
         ("Plan, fixed for the life of the test", {"fields": PLAN}),
         ("How sure, and what then", {"fields": RULES, "classes": ("collapse",)}),
-        ("Guardrails: what ends the test in favour of the champion", {"fields": GUARDRAILS, "classes": ("collapse",)}),
+        (
+            "Guardrails: if one breaks, the champion stays, whatever else is found",
+            {"fields": GUARDRAILS, "classes": ("collapse",)},
+        ),
     )
     fieldsets = (
         (None, {"fields": ("state", "parent_endpoint", "created_by", "created_at", "ended_at", "summary")}),

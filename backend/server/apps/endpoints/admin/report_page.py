@@ -11,6 +11,7 @@ from django.utils import timezone
 
 from apps.endpoints import charts
 from apps.endpoints.admin.history import badge
+from apps.endpoints.evidence import UNTREATED
 from apps.endpoints.models import ABTest, Decision
 from apps.endpoints.verdict import CHECKS_ALPHA, rounded
 
@@ -31,6 +32,7 @@ def shown(test: ABTest, report: dict[str, Any]) -> dict[str, Any]:
     """report: as `report.report` makes it."""
     decision, difference = report["decision"], report["difference"]
     more = difference["more_labels"]
+    is_open = not test.ended_at and decision["verdict"] in (Verdict.HOLD, Verdict.CONTINUE)
     moment = timezone.localtime(report["as_of"]).strftime("%Y-%m-%d %H:%M")
     return {
         "badge": badge(*BADGES[decision["verdict"]]),
@@ -44,7 +46,7 @@ def shown(test: ABTest, report: dict[str, Any]) -> dict[str, Any]:
             *((f"Right: {report[side]['name']}", _percent(report[side]["accuracy"])) for side in SIDES),
             ("Difference", NONE if difference["estimate"] is None else f"{100 * difference['estimate']:+.1f} points"),
             ("Labelled customers", f"{_labelled(report):,}"),
-            ("Still needed, about", NONE if more is None else f"{rounded(more):,}"),
+            ("Still needed, about", f"{rounded(more):,}" if more and is_open else NONE),
         ],
         "charts": _charts(report),
         "tables": [table for table in (_arms(report), _pairs(report), _checks(report)) if table["rows"]],
@@ -62,7 +64,7 @@ def _charts(report: dict[str, Any]) -> list[dict[str, str]]:
         "difference": charts.how_to_read(report),
         "accuracy": "Each line shows how exactly the share is known. What decides is the difference above, not whether "
         "these lines overlap.",
-        "calibration": "Of the customers who were told a chance of 70%, about 70% should stay: marks on the grey line "
+        "calibration": "Of all customers who were told a chance of 70%, about 70% should stay: marks on the grey line "
         "come true. The larger a mark, the more customers.",
     }
     drawn = charts.page(report)
@@ -77,12 +79,13 @@ def _charts(report: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _arms(report: dict[str, Any]) -> dict[str, Any]:
+    judged = "of customers who were left alone" if report["judged_on"] == UNTREATED else "of these"
     of: dict[str, Callable[[dict[str, Any]], str]] = {
         "Requests": lambda arm: f"{arm['requests']:,}",
         "Requests that it could not score": lambda arm: f"{arm['failures']:,}",
         "Customers": lambda arm: f"{arm['customers']:,}",
         "Customers with a known outcome": lambda arm: f"{arm['labelled']:,} ({_percent(arm['label_rate'])})",
-        "Right": lambda arm: _with_interval(arm["accuracy"], arm["accuracy_interval"]),
+        f"Right, {judged}": lambda arm: _with_interval(arm["accuracy"], arm["accuracy_interval"]),
         "Says of so many that they stay": lambda arm: _percent(arm["positive_share"]),
         "Chance to stay that it tells, on average": lambda arm: _percent(arm["mean_probability"]),
         "Brier score (0 is perfect)": lambda arm: _decimal(arm["brier"]),
@@ -93,8 +96,8 @@ def _arms(report: dict[str, Any]) -> dict[str, Any]:
     }
     if report["treated_share"]:
         of |= {
-            "Right, of customers who were left alone": lambda arm: _of(arm["untreated"]),
-            "Right, of customers for whom something was done": lambda arm: _of(arm["treated"]),
+            "Nothing was done for, and right of these": lambda arm: _of(arm["untreated"]),
+            "Something was done for, and right of these": lambda arm: _of(arm["treated"]),
         }
     arms = [report[side] for side in SIDES]
     return {
@@ -121,7 +124,7 @@ def _checks(report: dict[str, Any]) -> dict[str, Any]:
     ratio, rate = report["checks"]["sample_ratio"], report["checks"]["label_rate"]
     rows = []
     if ratio:
-        planned = " and ".join(f"{share:.0%}" for share in ratio["planned"])
+        planned = " and ".join(f"{100 * share:.4g}%" for share in ratio["planned"])
         customers = " and ".join(f"{count:,}" for count in ratio["customers"])
         rows.append([f"Customers by arm, planned {planned}", customers, _likely(ratio["p"])])
     if rate:
@@ -131,7 +134,7 @@ def _checks(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _likely(p: float) -> str:
-    return f"as expected (p = {p:.2g})" if p >= CHECKS_ALPHA else f"not by chance (p = {p:.2g})"
+    return f"as expected (p = {p:.2g})" if p >= CHECKS_ALPHA else f"hardly by chance (p = {p:.2g})"
 
 
 def _percent(share: float | None) -> str:
@@ -147,4 +150,4 @@ def _with_interval(share: float | None, interval: tuple[float, float] | None) ->
 
 
 def _of(counts: dict[str, Any]) -> str:
-    return f"{_percent(counts['accuracy'])} of {counts['labelled']:,}"
+    return f"{counts['labelled']:,} ({_percent(counts['accuracy'])})"

@@ -344,13 +344,15 @@ class TestAChallengerThatFails:
         assert not MLRequest.objects.filter(pk__in=failed, abtest=test).exists()
         assert MLRequest.objects.filter(abtest=test).count() == len(rows) - len(meant)
 
-    def test_that_cannot_be_loaded_leaves_all_to_the_champion_outside_the_test(self, api, test, customer, is_broken):
+    def test_that_cannot_be_loaded_leaves_its_customers_to_the_champion(self, api, test, customer, is_broken):
         rows = self.rows(customer)
+        meant = self.of_challenger(test, rows)
+
         answers = api.post(f"{PREDICT}?status=production", rows).json()
 
         assert {answer["algorithm"] for answer in answers} == {"random forest"}
-        assert not MLRequest.objects.filter(abtest=test).exists()
-        assert ShadowAnswer.objects.filter(abtest=test, response=None).count() == len(self.of_challenger(test, rows))
+        assert MLRequest.objects.filter(abtest=test).count() == len(rows) - len(meant)
+        assert ShadowAnswer.objects.filter(abtest=test, response=None).count() == len(meant)
         assert "decision tree 1.0.0 is not available" in ShadowAnswer.objects.first().failure
 
     def test_breaks_the_guardrail_and_is_taken_out(self, api, test, customer, tree, fails):
@@ -366,6 +368,43 @@ class TestAChallengerThatFails:
         assert report["decision"]["verdict"] == "ROLLBACK"
         assert f"it failed in 100.0% of {failures} requests, where 5.0% are allowed" in stopped["message"]
         assert status_of(tree) == "testing"
+
+    def test_at_some_rows_answers_the_others_itself(self, api, test, customer, tree, monkeypatch):
+        rows = self.rows(customer)
+        hard, *easy = self.of_challenger(test, rows)
+        rows[hard]["Orders"] = 77
+        classifier = registry.get(tree)
+        answers = classifier.compute_prediction
+
+        def fail_at_some(asked):
+            if any(row["Orders"] == 77 for row in asked):
+                raise RuntimeError("no such leaf")
+            return answers(asked)
+
+        monkeypatch.setattr(classifier, "compute_prediction", fail_at_some)
+
+        told = api.post(f"{PREDICT}?status=production", rows).json()
+
+        assert told[hard]["algorithm"] == "random forest"
+        assert {told[place]["algorithm"] for place in easy} == {"decision tree"}
+        assert ShadowAnswer.objects.get().pk == told[hard]["request_id"]
+
+    @pytest.mark.parametrize(
+        "nonsense", [{"probability": float("nan")}, {"probability": 2.0}, {"probability": None}, {"label": "stay"}]
+    )
+    def test_by_answering_nonsense(self, api, test, customer, tree, monkeypatch, nonsense):
+        classifier = registry.get(tree)
+        answers = classifier.compute_prediction
+        monkeypatch.setattr(
+            classifier, "compute_prediction", lambda rows: [{**answer, **nonsense} for answer in answers(rows)]
+        )
+        rows = self.rows(customer)
+
+        told = api.post(f"{PREDICT}?status=production", rows).json()
+
+        assert {answer["algorithm"] for answer in told} == {"random forest"}
+        assert ShadowAnswer.objects.count() == len(self.of_challenger(test, rows))
+        assert ShadowAnswer.objects.first().failure.startswith("It answered the ")
 
     def test_a_row_that_nobody_can_read_is_no_failure(self, api, test, customer):
         rows = [{**row, "Orders": "many"} for row in self.rows(customer)]
@@ -538,19 +577,24 @@ class TestWhileItRuns:
         with django_assert_num_queries(2):
             api.post(f"{PREDICT}?status=production", customer)
 
+    @pytest.mark.parametrize(
+        ("broken", "answering"), [("decision_tree", "random forest"), ("random_forest", "decision tree")]
+    )
     def test_an_arm_that_cannot_be_loaded_any_more_breaks_no_caller(
-        self, api, forest, tree, customer, artifacts_dir, settings
+        self, api, forest, tree, customer, artifacts_dir, settings, broken, answering
     ):
         begin(api, forest, tree)
         settings.ML_ARTIFACTS_DIR = artifacts_dir
-        (artifacts_dir / "1.0.0" / "decision_tree.joblib").write_bytes(b"damaged")
+        (artifacts_dir / "1.0.0" / f"{broken}.joblib").write_bytes(b"damaged")
         registry.clear()
 
         answers = ask(api, customer, "production", 12)
 
-        assert {answer["algorithm"] for answer in answers} == {"random forest"}
+        assert {answer["algorithm"] for answer in answers} == {answering}
         logged = MLRequest.objects.filter(pk__in=[answer["request_id"] for answer in answers])
-        assert not logged.exclude(abtest=None).exists()
+        in_test = logged.exclude(abtest=None).count()
+        # Customers of the champion stay in the test without the challenger; without the champion there is none.
+        assert in_test == (12 - ShadowAnswer.objects.count() if broken == "decision_tree" else 0)
 
 
 class TestStopping:

@@ -594,7 +594,7 @@ def test_the_report_of_a_test_is_a_page_with_its_plots_and_a_slide(admin_client,
     assert "Wait: there are 4 of the 100 labelled customers that each arm needs." in text
     assert "Right: random forest 1.0.0 100.0%" in text
     assert "Champion: random forest 1.0.0 Challenger: extra trees 1.0.0" in text
-    assert "Customers with a known outcome 4 (100.0%) 4 (100.0%)" in text
+    assert "Customers with a known outcome 4 (100.0%) 4 (100.0%) Right, of these 100.0%" in text
     assert "Customers by arm, planned 50% and 50% 4 and 4 as expected" in text
     assert shown.content.count(b'src="data:image/svg+xml;base64,') == 3
     assert slide["Content-Type"] == "image/png"

@@ -19,8 +19,9 @@ from rest_framework.test import APIClient
 from rest_framework.throttling import UserRateThrottle
 
 from apps.endpoints import abtests, journal, lifecycle, permissions, prediction
-from apps.endpoints.models import ABTest, Endpoint, MLRequest
+from apps.endpoints.models import ABTest, Endpoint, MLRequest, ShadowAnswer
 from apps.endpoints.views import PredictView
+from apps.ml.registry import registry
 
 PREDICT = "/api/v1/classifier/predict?status=production"
 
@@ -117,6 +118,29 @@ def test_a_test_that_starts_and_stops_gets_the_requests_between(known, customer,
     assert set(MLRequest.objects.filter(abtest=test).values_list("pk", flat=True)) == set(during)
     assert MLRequest.objects.filter(pk__in=during).values("parent_mlalgorithm").distinct().count() == 2
     assert MLRequest.objects.get(pk=after).abtest is None
+
+
+def test_a_challenger_that_fails_is_asked_once_and_each_failure_counts(known, algorithms, customer, monkeypatch):
+    champion, challenger = algorithms["random_forest"], algorithms["decision_tree"]
+    test = abtests.start("a test", champion, challenger, by="ann", now=timezone.now())
+    known.post(PREDICT, customer)  # learns what is served now
+    before = MLRequest.objects.filter(abtest=test).count()
+    asked = 0
+
+    def fail(row):
+        nonlocal asked
+        asked += 1
+        raise RuntimeError("no such leaf")
+
+    monkeypatch.setattr(registry.get(challenger), "compute_prediction", fail)
+    for _ in range(60):
+        response, queries = statements(known, PREDICT, customer)
+        assert response.json()["algorithm"] == "random forest"
+        assert "INSERT" in queries[0]  # nothing was looked up
+
+    assert 5 < asked < 55  # as often as not
+    assert ShadowAnswer.objects.filter(abtest=test, response=None).count() == asked
+    assert MLRequest.objects.filter(abtest=test).count() == before + 60 - asked
 
 
 def test_an_endpoint_that_was_renamed_is_not_known_by_its_old_name(known, customer):

@@ -15,6 +15,7 @@ from django.utils import timezone
 
 from apps.endpoints import charts, evidence
 from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLRequest, ShadowAnswer
+from apps.endpoints.purge import running_tests_of
 from apps.endpoints.report import report as report_of
 from apps.endpoints.statistics import split_difference
 from conftest import status_of
@@ -230,6 +231,15 @@ class TestThePicture:
         assert len({empty, few, many}) == 3
         assert {size_of(picture) for picture in (empty, few, many)} == {(1920, 1080)}
 
+    def test_says_how_the_test_was_ended(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 200, 100)
+        running = report_of(test, now=timezone.now())
+        ended = {**running, "ended_at": timezone.now(), "summary": "Overruled by ada."}
+
+        assert charts.slide(ended) != charts.slide(running)
+        assert charts.slide({**ended, "summary": "A long story. " * 200}).startswith(b"\x89PNG")
+
     @pytest.mark.parametrize("title", ["$\\frac{1}{2", "a" * 200, "客户 🙂", "<script>"])
     def test_takes_any_title(self, api, champion, challenger, title):
         test = begin(api, champion, challenger, title=title, design="shadow")
@@ -335,6 +345,40 @@ class TestTheFirstRuleThatApplies:
             ShadowAnswer.objects.create(request=request, abtest=test, latency_ms=1, failure="no")
 
         assert "it failed in 10.0% of 200 requests" in report(api, test)["decision"]["sentence"]
+
+
+class TestWhatTheChallengerOfASplitCannotAnswer:
+    def test_counts_as_wrong_so_that_no_model_looks_better_for_it(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        log(test, champion, 5000, 4000)
+        log(test, challenger, 4600, 4000)
+        left = log(test, champion, 400, 200, key="hard", abtest=None)
+        fail(test, left)
+
+        told = report(api, test)
+
+        assert told["challenger"]["accuracy"] == 4000 / 5000
+        assert [told[arm]["customers"] for arm in ("champion", "challenger")] == [5000, 5000]
+        assert (told["challenger"]["requests"], told["challenger"]["failures"]) == (4600, 400)
+        assert told["challenger"]["mean_probability"] == pytest.approx(0.8)
+        assert told["difference"]["estimate"] == 0
+        assert told["decision"]["warnings"] == [
+            "extra trees 1.0.0 could not answer 400 of its requests. The champion answered them, "
+            "and they count as wrong."
+        ]
+
+    def test_is_seen_by_whoever_purges(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        fail(test, log(test, champion, 1, 1, abtest=None))
+
+        assert running_tests_of(MLRequest.objects.all()) == [test]
+
+
+def fail(test: ABTest, requests: list[MLRequest]) -> None:
+    ShadowAnswer.objects.bulk_create(
+        ShadowAnswer(request=one, abtest=test, failure="no such leaf", latency_ms=0, created_at=one.created_at)
+        for one in requests
+    )
 
 
 class TestActingOnAPrediction:
