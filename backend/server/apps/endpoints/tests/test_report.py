@@ -11,6 +11,7 @@ from io import StringIO
 import pytest
 from django.core.management import CommandError, call_command
 from django.db import IntegrityError, InternalError, connection, transaction
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from apps.endpoints import charts, evidence
@@ -202,6 +203,27 @@ class TestAReport:
         assert told["decision"]["verdict"] == "PROMOTE"
         assert told["waiting"] == 10
         assert told["checks"] == {"sample_ratio": None, "label_rate": None}
+
+
+@pytest.mark.parametrize("design", ["split", "shadow"])
+def test_the_database_counts_so_a_larger_test_takes_no_more_statements(api, champion, challenger, design):
+    test = begin(api, champion, challenger, design=design)
+
+    def grow(count: int) -> None:
+        requests = log(test, champion, count, count // 2)
+        if design == "shadow":
+            shadow(requests, test, count // 3)
+
+    def statements() -> list[str]:
+        with CaptureQueriesContext(connection) as queries:
+            report(api, test)
+        return [query["sql"] for query in queries]
+
+    grow(10)
+    few = statements()
+    grow(1000)
+
+    assert len(statements()) == len(few) <= 24
 
 
 class TestThePicture:
