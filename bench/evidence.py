@@ -22,17 +22,19 @@ from databases import on_each
 if TYPE_CHECKING:
     from apps.endpoints.models import ABTest
 
-CHUNK = 20_000
+# Of the requests; the others are their copies, of other customers.
+FIRST = 20_000
 DAYS = 30
 OTHER = {"1": "0", "0": "1"}
 READ = "SELECT COUNT(DISTINCT customer_key), SUM(probability) FROM endpoints_mlrequest WHERE abtest_id = %s"
 
 
 def _fill(design: str, count: int) -> ABTest:
+    from django.db import connection
     from django.utils import timezone
 
     from apps.endpoints import lifecycle
-    from apps.endpoints.models import ABTest, MLRequest, ShadowAnswer
+    from apps.endpoints.models import ABTest, MLRequest
 
     now = timezone.now()
     began = now - timedelta(days=DAYS)
@@ -44,39 +46,45 @@ def _fill(design: str, count: int) -> ABTest:
     test = ABTest.objects.create(title=design, created_by="bench", created_at=began, **arms, **plan)
     customer = {f"Column{number}": number * 1.5 for number in range(12)}
     draw = random.Random(0)
-    for start in range(0, count, CHUNK):
-        requests = []
-        for number in range(start, min(start + CHUNK, count)):
-            who, probability = draw.randrange(2 * count), draw.random()
-            label = "1" if probability >= 0.5 else "0"
-            asked = began + (now - began) * (number / count)
-            is_known = who % 4 < 2
-            requests.append(
-                MLRequest(
-                    input_data=customer,
-                    full_response={"probability": probability, "label": label},
-                    response=label,
-                    probability=probability,
-                    feedback=(label if draw.random() < 0.8 else OTHER[label]) if is_known else None,
-                    labelled_at=asked if is_known else None,
-                    created_at=asked,
-                    latency_ms=draw.expovariate(1),
-                    customer_key=f"C{who}",
-                    parent_mlalgorithm=challenger if design == ABTest.Design.SPLIT and who % 2 else champion,
-                    abtest=test,
-                )
+    first = min(count, FIRST)
+    requests = []
+    for number in range(first):
+        who, probability = draw.randrange(2 * first), draw.random()
+        label = "1" if probability >= 0.5 else "0"
+        asked = began + (now - began) * (number / first)
+        is_known = who % 4 < 2
+        requests.append(
+            MLRequest(
+                input_data=customer,
+                full_response={"probability": probability, "label": label},
+                response=label,
+                probability=probability,
+                feedback=(label if draw.random() < 0.8 else OTHER[label]) if is_known else None,
+                labelled_at=asked if is_known else None,
+                created_at=asked,
+                latency_ms=draw.expovariate(1),
+                customer_key=f"C{who}",
+                parent_mlalgorithm=challenger if design == ABTest.Design.SPLIT and who % 2 else champion,
+                abtest=test,
             )
-        MLRequest.objects.bulk_create(requests)
+        )
+    MLRequest.objects.bulk_create(requests)
+    copied = [field.column for field in MLRequest._meta.concrete_fields if not field.primary_key]
+    copies = [{"customer_key": "customer_key || %s"}.get(column, column) for column in copied]
+    with connection.cursor() as cursor:
+        for number in range(1, count // first):
+            cursor.execute(
+                f"INSERT INTO endpoints_mlrequest ({', '.join(copied)}) SELECT {', '.join(copies)} "
+                "FROM endpoints_mlrequest WHERE abtest_id = %s ORDER BY id LIMIT %s",
+                [f"-{number}", test.pk, first],
+            )
         if design == ABTest.Design.SHADOW:
-            ShadowAnswer.objects.bulk_create(
-                ShadowAnswer(
-                    request=request,
-                    abtest=test,
-                    response=request.response if draw.random() < 0.95 else OTHER[request.response],
-                    probability=request.probability,
-                    latency_ms=draw.expovariate(1),
-                )
-                for request in requests
+            cursor.execute(
+                "INSERT INTO endpoints_shadowanswer "
+                "(request_id, abtest_id, response, probability, latency_ms, failure, created_at) "
+                "SELECT id, abtest_id, CASE WHEN id %% 20 > 0 THEN response WHEN response = '1' THEN '0' ELSE '1' END, "
+                "probability, latency_ms, '', created_at FROM endpoints_mlrequest WHERE abtest_id = %s",
+                [test.pk],
             )
     return test
 
