@@ -152,7 +152,7 @@ def _accuracy(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_ylim(-0.6, 1.6)
     axes.set_yticks([1, 0], [textwrap.fill(_short(arm["name"]), 18) for arm, _ in arms])
     axes.margins(x=0.25)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.set_xlabel("right answers")
     return None
 
