@@ -72,11 +72,11 @@ def _fill(design: str, count: int) -> ABTest:
     copied = [field.column for field in MLRequest._meta.concrete_fields if not field.primary_key]
     copies = [{"customer_key": "customer_key || %s"}.get(column, column) for column in copied]
     with connection.cursor() as cursor:
-        for number in range(1, count // first):
+        for start in range(first, count, first):
             cursor.execute(
                 f"INSERT INTO endpoints_mlrequest ({', '.join(copied)}) SELECT {', '.join(copies)} "
                 "FROM endpoints_mlrequest WHERE abtest_id = %s ORDER BY id LIMIT %s",
-                [f"-{number}", test.pk, first],
+                [f"-{start}", test.pk, min(first, count - start)],
             )
         if design == ABTest.Design.SHADOW:
             cursor.execute(
