@@ -82,8 +82,8 @@ def how_to_read(report: dict[str, Any]) -> str:
     """The interval in words."""
     sure = f"{100 * (1 - report['alpha']):g}%"
     return (
-        f"The band is where the true difference lies, with {sure} certainty, however often one looks. While zero is "
-        "inside, neither is shown to be better."
+        f"The band is where the true difference lies, with {sure} certainty, however often one looks. A band that "
+        "holds zero shows neither to be better."
     )
 
 

@@ -480,9 +480,10 @@ def download(contents: tuple[int | None, Iterator[bytes]], file_name: str) -> St
     return response
 
 
-def picture(png: bytes, file_name: str) -> HttpResponse:
-    response = HttpResponse(png, content_type="image/png")
-    response.headers["Content-Disposition"] = content_disposition_header(as_attachment=False, filename=file_name)
+def slide_of(test: ABTest) -> HttpResponse:
+    response = HttpResponse(charts.slide(report.report(test, now=timezone.now())), content_type="image/png")
+    name = f"abtest-{test.pk}.png"
+    response.headers["Content-Disposition"] = content_disposition_header(as_attachment=False, filename=name)
     return response
 
 
@@ -564,8 +565,7 @@ class ABTestViewSet(AddOnly):
     @action(detail=True, url_path=r"report\.png")
     def slide(self, request: Request, pk: str) -> HttpResponse:
         """The decision and its plots as a picture of 1920 by 1080 pixels, for slides."""
-        test = self.get_object()
-        return picture(charts.slide(report.report(test, now=timezone.now())), f"abtest-{test.pk}.png")
+        return slide_of(self.get_object())
 
     @extend_schema(parameters=[PlanQuerySerializer], responses={200: PlanSerializer, 400: BAD_REQUEST}, filters=False)
     @action(detail=False, pagination_class=None)

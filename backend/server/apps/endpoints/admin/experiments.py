@@ -21,12 +21,12 @@ from unfold.forms import BaseDialogForm
 from unfold.views import ChangeList
 from unfold.widgets import UnfoldAdminSelectWidget, UnfoldAdminTextareaWidget
 
-from apps.endpoints import abtests, charts, report
+from apps.endpoints import abtests, report
 from apps.endpoints.abtests import ABTestError, ArmScore
 from apps.endpoints.admin import report_page
 from apps.endpoints.admin.history import HistoryAdmin, badge, dialog, done, link_to, share, table
 from apps.endpoints.models import ABTest, MLAlgorithm, Status
-from apps.endpoints.views import picture
+from apps.endpoints.views import slide_of
 
 PLAN = ("design", "policy", "weight", "minimum_labelled", "horizon_days", "horizon_labelled", "maturity_days")
 RULES = ("alpha", "promote_to", "auto_apply")
@@ -195,8 +195,7 @@ class ABTestAdmin(HistoryAdmin):
     def slide_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         if not self.has_view_permission(request):
             raise PermissionDenied
-        test = self.existing(request, str(pk))
-        return picture(charts.slide(report.report(test, now=timezone.now())), f"abtest-{pk}.png")
+        return slide_of(self.existing(request, str(pk)))
 
     @action(
         description="Stop",

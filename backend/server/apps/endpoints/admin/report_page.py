@@ -24,7 +24,6 @@ BADGES = {
     Verdict.KEEP: ("Keep the champion", "info"),
     Verdict.CONTINUE: ("Not settled yet", "warning"),
 }
-SIDES = ("champion", "challenger")
 NONE = "-"
 
 
@@ -43,7 +42,7 @@ def shown(test: ABTest, report: dict[str, Any]) -> dict[str, Any]:
         "slide_url": reverse("admin:endpoints_abtest_slide", args=[test.pk]),
         "test_url": reverse("admin:endpoints_abtest_change", args=[test.pk]),
         "figures": [
-            *((f"Right: {report[side]['name']}", _percent(report[side]["accuracy"])) for side in SIDES),
+            *((f"Right: {report[side]['name']}", _percent(report[side]["accuracy"])) for side in charts.ARMS),
             ("Difference", NONE if difference["estimate"] is None else f"{100 * difference['estimate']:+.1f} points"),
             ("Labelled customers", f"{_labelled(report):,}"),
             ("Still needed, about", f"{rounded(more):,}" if more and is_open else NONE),
@@ -56,7 +55,7 @@ def shown(test: ABTest, report: dict[str, Any]) -> dict[str, Any]:
 def _labelled(report: dict[str, Any]) -> int:
     if report["pairs"] is not None:
         return sum(report["pairs"].values())
-    return sum(charts.judged(report, report[side]) for side in SIDES)
+    return sum(charts.judged(report, report[side]) for side in charts.ARMS)
 
 
 def _charts(report: dict[str, Any]) -> list[dict[str, str]]:
@@ -99,10 +98,10 @@ def _arms(report: dict[str, Any]) -> dict[str, Any]:
             "Nothing was done for, and right of these": lambda arm: _of(arm["untreated"]),
             "Something was done for, and right of these": lambda arm: _of(arm["treated"]),
         }
-    arms = [report[side] for side in SIDES]
+    arms = [report[side] for side in charts.ARMS]
     return {
         "title": "Both models",
-        "headers": ["", *(f"{side}: {arm['name']}" for side, arm in zip(SIDES, arms, strict=True))],
+        "headers": ["", *(f"{side}: {arm['name']}" for side, arm in zip(charts.ARMS, arms, strict=True))],
         "rows": [[name, *(cell(arm) for arm in arms)] for name, cell in of.items()],
     }
 
