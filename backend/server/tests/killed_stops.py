@@ -1,4 +1,4 @@
-"""Stops of A/B tests that end by kill -9, each in a process of its own, and what they leave behind.
+"""Stops of A/B tests that are held, or end by kill -9, each in a process of its own, and what they leave behind.
 
 `serve` answers calls, a line of JSON each. This process has no connection to the database while it forks.
 """
@@ -70,7 +70,25 @@ def stop_for(test_id: int, seconds: float) -> None:
     told.close()
 
 
-CALLS = {call.__name__: call for call in (prepare, state, stop, stop_for)}
+def hold(test_id: int, before: str) -> int:
+    """The process of a stop that waits before a statement that begins so."""
+    child, told = _fork(lambda told: _stop_and_die(test_id, told, hold_before=before))
+    _held[child] = told
+    os.waitpid(child, os.WUNTRACED)
+    return child
+
+
+def go_on(child: int) -> str:
+    """The message of a stop that was held."""
+    os.kill(child, signal.SIGCONT)
+    with _held.pop(child) as told:
+        *_, last = told
+    os.waitpid(child, 0)
+    return json.loads(last)["answer"]
+
+
+CALLS = {call.__name__: call for call in (prepare, state, stop, stop_for, hold, go_on)}
+_held: dict[int, TextIO] = {}
 
 
 def _client() -> APIClient:
@@ -92,7 +110,7 @@ def _fork(do: Callable[[TextIO], None]) -> tuple[int, TextIO]:
         os._exit(0)
 
 
-def _stop_and_die(test_id: int, told: TextIO, kill_before: int | None = None) -> None:
+def _stop_and_die(test_id: int, told: TextIO, kill_before: int | None = None, hold_before: str | None = None) -> None:
     count = 0
     commit = connection.commit
 
@@ -102,6 +120,8 @@ def _stop_and_die(test_id: int, told: TextIO, kill_before: int | None = None) ->
         told.write(json.dumps({"sql": sql[:80]}) + "\n")
         if count == kill_before:
             os.kill(os.getpid(), signal.SIGKILL)
+        if hold_before and sql.startswith(hold_before):
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def execute(run: Callable[..., Any], sql: str, *details: Any) -> Any:
         come_to(sql)

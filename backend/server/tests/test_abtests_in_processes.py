@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -41,6 +42,8 @@ ONE_IN_A_MILLION = 1e-6
 ROUNDS = 25
 # At which a stop is killed, evenly over the time that it takes.
 MOMENTS = 20
+# Of an arm in a report.
+COUNTED = "customers", "labelled", "accuracy"
 
 
 @dataclass
@@ -341,9 +344,9 @@ def test_starting_stopping_and_promoting_at_once_leaves_one_to_answer_and_each_r
     assert "Traceback" not in shop.server.log.read_text()
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------
+# --- Stops that take long, or are killed ------------------------------------------------------------------------------
 class Killer:
-    """A process that stops tests in others, which it kills: see killed_stops."""
+    """A process that stops tests in others, which it kills or holds: see killed_stops."""
 
     def __init__(self, env: dict[str, str]):
         script = "from tests import killed_stops; killed_stops.serve()"
@@ -369,12 +372,16 @@ def killer(a_shop: Shop) -> Iterator[Killer]:
 
 
 def left_by(before: dict, after: dict) -> str:
-    """Whether a stop has changed nothing, or all that it has to; anything else fails."""
+    """Whether a stop has changed nothing, or all that it has to; anything else fails.
+
+    Until when it counts, it notes beforehand.
+    """
+    *tests, test = after["tests"]
+    before = {**before, "tests": [*tests, {**before["tests"][-1], "counted_until": test["counted_until"]}]}
     if after == before:
         return "old"
-    *tests, test = after["tests"]
-    assert tests == before["tests"][:-1]
-    assert test["ended_at"] and test["summary"]
+    assert test["ended_at"] == test["counted_until"]
+    assert test["summary"]
     assert {**test, "ended_at": None, "summary": ""} == before["tests"][-1]
 
     *decisions, decision = after["decisions"]
@@ -394,17 +401,59 @@ def left_by(before: dict, after: dict) -> str:
     return "new"
 
 
+def outcomes(answers: Sequence[dict], *, right: bool) -> list[dict]:
+    return [
+        {"request_id": answer["request_id"], "outcome": answer["label"] if right else OTHER_LABEL[answer["label"]]}
+        for answer in answers
+    ]
+
+
+def test_while_a_stop_counts_others_go_on_and_what_they_tell_is_dated_after_it(shop, customers, killer):
+    test_id = shop.begin().json()["id"]
+    answers = shop.ask(customers[:300])
+    shop.tell(outcomes(answers[:200], right=True))
+    killer("prepare", test_id)
+    before = shop.get(f"abtests/{test_id}/report")
+
+    held = killer("hold", test_id, "CREATE TEMPORARY TABLE evidence_asked")
+    shop.tell(outcomes(answers[200:], right=True))
+    shop.tell(outcomes(answers[:50], right=False))
+    shop.ask(customers[300:400])
+    meanwhile = shop.get(f"abtests/{test_id}/report")
+    assert killer("go_on", held).startswith("The test is stopped.")
+
+    ended = shop.get(f"abtests/{test_id}/report")
+    arms = "champion", "challenger"
+    assert [meanwhile[arm]["accuracy"] < 1 for arm in arms] == [True, True]
+    for arm in arms:
+        assert {name: ended[arm][name] for name in COUNTED} == {name: before[arm][name] for name in COUNTED}
+    by_accuracy = re.findall(r"(\d+) of (\d+) labelled requests right", ended["summary"])
+    assert sum(int(right) for right, _ in by_accuracy) == sum(int(labelled) for _, labelled in by_accuracy) == 200
+    again = processes.manage("recompute_decision", str(test_id), env=shop.env)
+    assert again.stdout.startswith("The same as recorded")
+
+
+def test_a_stop_that_counts_while_another_ends_the_test_says_so(shop, customers, killer):
+    test_id = shop.begin().json()["id"]
+    shop.tell(outcomes(shop.ask(customers[:100]), right=True))
+    killer("prepare", test_id)
+
+    held = killer("hold", test_id, "CREATE TEMPORARY TABLE evidence_asked")
+    assert shop.stop(test_id).json()["message"].startswith("The test is stopped.")
+    after = killer("state")
+
+    assert killer("go_on", held).startswith("The test had been stopped at")
+    assert killer("state") == after
+
+
 @pytest.mark.parametrize("policy", ["accuracy", "evidence"])
 def test_a_stop_that_is_killed_before_any_statement_has_done_nothing_or_all(shop, customers, killer, policy):
     test_id = shop.begin(policy=policy).json()["id"]
     answers = shop.ask(customers[:600])
     is_right = [answer["algorithm"] == CHALLENGER or number % 2 for number, answer in enumerate(answers)]
-    shop.tell(
-        [
-            {"request_id": answer["request_id"], "outcome": answer["label"] if right else OTHER_LABEL[answer["label"]]}
-            for answer, right in zip(answers, is_right, strict=True)
-        ]
-    )
+    for right in (True, False):
+        told = [answer for answer, is_so in zip(answers, is_right, strict=True) if bool(is_so) == right]
+        shop.tell(outcomes(told, right=right))
     killer("prepare", test_id)
     before = killer("state")
 

@@ -187,18 +187,20 @@ def stop(
     if promote and not force:
         raise ABTestError("The policy says who goes to production; to overrule it send `force` and a `reason`.")
     with transaction.atomic():
-        lifecycle.lock(test.parent_endpoint_id)
-        test = ABTest.objects.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2", "champion").get(pk=test.pk)
+        test = _locked(test)
         if test.ended_at:
             return test, False
-        # What was told while this waited for the lock counts, and is dated by then.
-        newest_change = FeedbackChange.objects.order_by("-pk").values_list("created_at", flat=True).first()
-        now = max(now, newest_change or now)
-        found = evidence.gather(test, now, only_for_verdict=True)
-        judgement = verdict.judge(found)
-        outcome = _outcome(test, judgement)
-        if force:
-            outcome = _overruled(test, outcome, promote, by, reason)
+        now, arms = _count_until(test, now), scores(test)
+    # Of a large test this takes seconds, in which nobody need wait.
+    found = evidence.gather(test, now, as_it_stood=True, only_for_verdict=True)
+    judgement = verdict.judge(found)
+    outcome = _outcome(test, judgement, arms)
+    if force:
+        outcome = _overruled(test, outcome, promote, by, reason)
+    with transaction.atomic():
+        test = _locked(test)
+        if test.ended_at:
+            return test, False
         promoted_to = _apply(test, outcome, by=by, now=now)
         test.ended_at = now
         test.summary = f"{outcome.summary} Stopped by {by}."
@@ -219,6 +221,20 @@ def stop(
     return test, True
 
 
+def _locked(test: ABTest) -> ABTest:
+    """The test as it is now, and stays until the surrounding transaction ends."""
+    lifecycle.lock(test.parent_endpoint_id)
+    return ABTest.objects.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2", "champion").get(pk=test.pk)
+
+
+def _count_until(test: ABTest, now: datetime) -> datetime:
+    """The moment up to which the end of a locked test counts: all dated by then has been told, and no more will be."""
+    newest = FeedbackChange.objects.order_by("-pk").values_list("created_at", flat=True).first()
+    test.counted_until = max(filter(None, (now, newest, test.counted_until)))
+    test.save(update_fields=["counted_until"])
+    return test.counted_until
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """Who wins a test, None if by the accuracy rule neither does, and what is said of it."""
@@ -228,12 +244,11 @@ class _Outcome:
     by_accuracy: bool = False
 
 
-def _outcome(test: ABTest, judgement: Judgement) -> _Outcome:
+def _outcome(test: ABTest, judgement: Judgement, arms: tuple[ArmScore, ArmScore]) -> _Outcome:
     champion, challenger = test.arms
     if test.policy == ABTest.Policy.EVIDENCE or judgement.verdict == Decision.Verdict.ROLLBACK:
         wins = judgement.verdict == Decision.Verdict.PROMOTE
         return _Outcome(challenger if wins else champion, " ".join([judgement.sentence, *judgement.warnings]))
-    arms = scores(test)
     winner, why = _more_accurate(test, arms)
     said = verdict.beside_the_accuracy_rule(judgement)
     return _Outcome(winner, f"{arms[0]}. {arms[1]}. {why} {said}", by_accuracy=True)

@@ -444,7 +444,7 @@ class _Log:
         told = f"""
             r.id, r.customer_key, r.created_at AS asked_at,
             CASE WHEN {counts} THEN {counts_at} END AS counts_at, CASE WHEN {counts} THEN {outcome} END AS outcome,
-            CASE WHEN {acted_on} THEN 1 ELSE 0 END AS treated
+            CASE WHEN {counts} AND {acted_on} THEN 1 ELSE 0 END AS treated
         """
         came = f"{self._by_vendor(_NOT_BY_INDEX, 'r.created_at')} <= {moment}"
         side = f"CASE WHEN r.parent_mlalgorithm_id = {self._champion} THEN {CHAMPION} ELSE {CHALLENGER} END AS side"
@@ -454,7 +454,8 @@ class _Log:
                 SELECT {answered}, CASE WHEN s.request_id IS NULL THEN 0 ELSE 1 END AS is_scored,
                     s.response AS challenger_response, s.probability AS challenger_probability,
                     s.latency_ms AS challenger_latency_ms
-                FROM endpoints_mlrequest AS r LEFT JOIN endpoints_shadowanswer AS s ON s.request_id = r.id
+                FROM endpoints_mlrequest AS r
+                LEFT JOIN endpoints_shadowanswer AS s ON s.request_id = r.id AND s.created_at <= {moment}
                 WHERE r.abtest_id = {self.test.pk} AND {came}
             """
         return f"""

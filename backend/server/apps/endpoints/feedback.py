@@ -1,7 +1,7 @@
 """Outcomes: what became of a customer after the answer, and every correction of it. Told one by one, or many at once.
 
-Who tells outcomes holds a shared lock on the endpoints of their requests, whoever ends an A/B test an exclusive one. So
-a decision has counted each change that is dated before it, and none that is dated after it.
+Who tells outcomes holds a shared lock on the endpoints of their requests; whoever ends an A/B test an exclusive one, to
+write down until when it counts. So a decision counts each change that is dated before it, and none that is dated after.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 from django.db import connection, transaction
-from django.db.models import Max, Value
+from django.db.models import Value
 from django.db.models.expressions import RawSQL
 from django.db.models.functions import Coalesce
 
 from apps.endpoints import lifecycle, outcomes, tables
 from apps.endpoints.csv_file import BadLine, BadRows, BatchError, Layout
 from apps.endpoints.json_text import dumps
-from apps.endpoints.models import Decision, Endpoint, MLAlgorithm, MLRequest
+from apps.endpoints.models import ABTest, Endpoint, MLAlgorithm, MLRequest
 from apps.endpoints.outcomes import ACTED_ON, COLUMNS, CUSTOMER_KEY, FEEDBACK, OUTCOME, REQUEST_ID, BadValue, Outcome
 from apps.endpoints.storage import Source
 from apps.endpoints.turns import in_turn
@@ -324,7 +324,7 @@ def _write(
     recorded = 0
     with transaction.atomic():
         lifecycle.lock_shared(endpoint_ids)
-        moment = _after_decisions(endpoint_ids, now)
+        moment = ABTest.objects.filter(parent_endpoint__in=endpoint_ids).after_counts(now)
         for some in _in_chunks(sorted(meanings)):
             known = _locked(some)
             if len(known) < len(some):
@@ -362,10 +362,3 @@ def _locked(ids: Sequence[int]) -> list[tuple[int, str | None, bool | None]]:
     no_key = connection.features.has_select_for_no_key_update  # what only refers to them need not wait
     locked = MLRequest.objects.filter(pk__in=_each(ids)).order_by("pk").select_for_update(no_key=no_key)
     return list(locked.values_list("pk", "feedback", "acted_on"))
-
-
-def _after_decisions(endpoint_ids: Collection[int], now: datetime) -> datetime:
-    """Now, or just after the newest decision, which has not seen what is written now."""
-    decisions = Decision.objects.filter(abtest__parent_endpoint__in=endpoint_ids)
-    newest = decisions.aggregate(newest=Max("decided_at"))["newest"]
-    return now if newest is None else max(now, newest + timedelta(microseconds=1))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
-from django.db.models import OuterRef, Q, Subquery
+from django.db.models import Max, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -147,6 +147,11 @@ class ABTestQuerySet(models.QuerySet["ABTest"]):
     def running(self) -> ABTestQuerySet:
         return self.filter(ended_at=None)
 
+    def after_counts(self, now: datetime) -> datetime:
+        """Now, or just after the moment up to which the end of any of these tests counts."""
+        counted = self.aggregate(newest=Max("counted_until"))["newest"]
+        return now if counted is None else max(now, counted + timedelta(microseconds=1))
+
 
 def new_salt() -> str:
     return secrets.token_hex(16)
@@ -170,6 +175,8 @@ class ABTest(models.Model):
     created_by = models.CharField(max_length=150)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     ended_at = models.DateTimeField(null=True, blank=True, editable=False)
+    # What is told once somebody counts, to end the test, is dated after this.
+    counted_until = models.DateTimeField(null=True, editable=False)
     summary = models.TextField(blank=True, editable=False)
     parent_mlalgorithm_1 = models.ForeignKey(
         MLAlgorithm, on_delete=models.PROTECT, related_name="+", verbose_name="first algorithm"

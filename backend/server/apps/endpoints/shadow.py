@@ -184,21 +184,20 @@ def _scored(
 def _record(test: ABTest, scored: Sequence[tuple[int, Said]], now: datetime) -> int:
     """Add the answers to requests that have none, while the test runs and nobody else does so; returns how many."""
     # What can be made before others wait is: the ORM's objects would take most of the time that the lock is held.
-    moment = connection.ops.adapt_datetimefield_value(now)
-    rows = {
-        pk: (pk, test.pk, said.response, said.probability, said.latency_ms, said.failure, moment) for pk, said in scored
-    }
+    rows = {pk: (pk, test.pk, said.response, said.probability, said.latency_ms, said.failure) for pk, said in scored}
     with transaction.atomic(), connection.cursor() as cursor:
-        # Whoever ends the test holds this row first, and counts what there is. With the key alone nothing interferes.
+        # Whoever ends the test holds this row too. With the key alone nothing interferes.
         features = connection.features
         alone = Endpoint.objects.select_for_update(
             skip_locked=features.has_select_for_update_skip_locked, no_key=features.has_select_for_no_key_update
         )
         is_mine = alone.filter(pk=test.parent_endpoint_id).first() is not None
-        if not is_mine or not ABTest.objects.running().filter(pk=test.pk).exists():
+        running = ABTest.objects.running().filter(pk=test.pk)
+        if not is_mine or not running.exists():
             return 0
+        moment = connection.ops.adapt_datetimefield_value(running.after_counts(now))
         still = MLRequest.objects.filter(pk__in=rows, shadow=None).values_list("pk", flat=True)
-        lacking = [rows[pk] for pk in still]
+        lacking = [(*rows[pk], moment) for pk in still]
         if lacking:
             cursor.executemany(_INSERT, lacking)
     return len(lacking)

@@ -484,6 +484,7 @@ def decide_a_test(algorithms: dict[str, MLAlgorithm], moment: datetime) -> Decis
         title="T",
         created_by="sam",
         ended_at=moment,
+        counted_until=moment,
         parent_mlalgorithm_1=forest,
         parent_mlalgorithm_2=trees,
         parent_endpoint_id=forest.parent_endpoint_id,

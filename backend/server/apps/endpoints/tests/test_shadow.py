@@ -11,7 +11,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from apps.endpoints import shadow
+from apps.endpoints import evidence, shadow
 from apps.endpoints.models import ABTest, MLRequest, ShadowAnswer
 from apps.endpoints.shadow import CHUNK_ROWS, Follower
 from apps.ml.registry import registry
@@ -210,6 +210,20 @@ def test_nor_does_one_that_is_stopped_while_its_rows_are_scored(api, test, chall
 
     assert Follower().follow(NOW) == 0
     assert not ShadowAnswer.objects.exists()
+
+
+def test_what_is_scored_while_a_stop_counts_is_dated_after_it_and_does_not_count(api, test, challenger):
+    ask(api, plain(ROWS[:5]))
+    follow_all(Follower())
+    counted_until = timezone.now() + timedelta(minutes=1)
+    ABTest.objects.filter(pk=test.pk).update(counted_until=counted_until)
+    (late,) = ask(api, plain(ROWS[5:6]))
+
+    follow_all(Follower())
+
+    assert ShadowAnswer.objects.get(request=late).created_at == counted_until + timedelta(microseconds=1)
+    counted = evidence.gather(test, counted_until, as_it_stood=True)
+    assert (counted.champion.requests, counted.challenger.requests, counted.waiting) == (6, 5, 1)
 
 
 def test_two_workers_record_nothing_twice_and_the_second_stands_back(api, test, challenger, monkeypatch):
