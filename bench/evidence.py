@@ -4,7 +4,8 @@
 
 Fills a split and a shadow test with so many requests, of customers of whom most ask once and of whom half are labelled,
 and prints the seconds that a verdict and a report take, in this process; and for comparison those of one reading of the
-test's rows that counts the customers and adds up a column.
+test's rows that counts the customers and adds up a column. Then it stops the test while a client corrects an outcome a
+hundred times a second, and prints the longest that one of these took.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 # Of the requests; the others are their copies, of other customers.
 FIRST = 20_000
 DAYS = 30
-OTHER = {"1": "0", "0": "1"}
+OTHER_LABEL = {"1": "0", "0": "1"}
 READ = "SELECT COUNT(DISTINCT customer_key), SUM(probability) FROM endpoints_mlrequest WHERE abtest_id = %s"
 
 
@@ -42,7 +45,7 @@ def _fill(design: str, count: int) -> ABTest:
     how |= {"schema_sha256": "", "target": {"name": "IsRetained", "positive": "1", "negative": "0"}}
     champion, challenger = (lifecycle.register(design, name, "1", **how) for name in ("champion", "challenger"))
     arms = {"parent_mlalgorithm_1": champion, "parent_mlalgorithm_2": challenger}
-    plan = {"design": design, "parent_endpoint": champion.parent_endpoint}
+    plan = {"design": design, "policy": "evidence", "parent_endpoint": champion.parent_endpoint}
     test = ABTest.objects.create(title=design, created_by="bench", created_at=began, **arms, **plan)
     customer = {f"Column{number}": number * 1.5 for number in range(12)}
     draw = random.Random(0)
@@ -59,7 +62,7 @@ def _fill(design: str, count: int) -> ABTest:
                 full_response={"probability": probability, "label": label},
                 response=label,
                 probability=probability,
-                feedback=(label if draw.random() < 0.8 else OTHER[label]) if is_known else None,
+                feedback=(label if draw.random() < 0.8 else OTHER_LABEL[label]) if is_known else None,
                 labelled_at=asked if is_known else None,
                 created_at=asked,
                 latency_ms=draw.expovariate(1),
@@ -89,6 +92,44 @@ def _fill(design: str, count: int) -> ABTest:
     return test
 
 
+def _stop(test: ABTest) -> tuple[float, float]:
+    """Seconds that it takes to stop a test, and the longest that an outcome took to be recorded meanwhile."""
+    from django.db import connection
+    from django.utils import timezone
+
+    from apps.endpoints import abtests, feedback
+
+    known = test.requests.labelled().order_by("pk").values_list("pk", "feedback")[:FIRST]
+    done = threading.Event()
+    longest = 0.0
+
+    def correct() -> None:
+        nonlocal longest
+        for pk, label in known:
+            if done.wait(0.01):
+                break
+            began = time.perf_counter()
+            feedback.record(pk, OTHER_LABEL[label], by="bench", now=timezone.now())
+            longest = max(longest, time.perf_counter() - began)
+        connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        correcting = pool.submit(correct)
+        began = time.perf_counter()
+        try:
+            abtests.stop(test, by="bench", now=timezone.now())
+        finally:
+            done.set()
+        seconds = time.perf_counter() - began
+        correcting.result()
+    return seconds, longest
+
+
+def _say(name: str, design: str, what: str, seconds: float) -> None:
+    sys.stdout.write(f"{name:<11} {design:<7} {what:<17} {seconds:>7.2f} s\n")
+    sys.stdout.flush()
+
+
 def _measure(name: str, count: int) -> None:
     import django
     from django.core.management import call_command
@@ -108,6 +149,7 @@ def _measure(name: str, count: int) -> None:
         "read once": read,
         "verdict": lambda test: verdict.judge(evidence.gather(test, timezone.now(), only_for_verdict=True)),
         "report": lambda test: report.report(test, now=timezone.now()),
+        "report, again": lambda test: report.report(test, now=timezone.now()),
     }
     import statsmodels.stats.proportion  # noqa: F401  so that no figure has the time of its import
 
@@ -118,8 +160,9 @@ def _measure(name: str, count: int) -> None:
         for what, ask in asked.items():
             began = time.perf_counter()
             ask(test)
-            sys.stdout.write(f"{name:<11} {design:<7} {what:<10} {time.perf_counter() - began:>6.1f} s\n")
-            sys.stdout.flush()
+            _say(name, design, what, time.perf_counter() - began)
+        for what, seconds in zip(("stop", "an outcome waits"), _stop(test), strict=True):
+            _say(name, design, what, seconds)
 
 
 def main() -> None:

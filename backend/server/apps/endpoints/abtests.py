@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -190,7 +190,8 @@ def stop(
         test = _locked(test)
         if test.ended_at:
             return test, False
-        now, arms = _count_until(test, now), scores(test)
+        now = _count_until(test, now)
+        arms = scores(test) if test.policy == ABTest.Policy.ACCURACY else ()
     # Of a large test this takes seconds, in which nobody need wait.
     found = evidence.gather(test, now, as_it_stood=True, only_for_verdict=True)
     judgement = verdict.judge(found)
@@ -244,7 +245,8 @@ class _Outcome:
     by_accuracy: bool = False
 
 
-def _outcome(test: ABTest, judgement: Judgement, arms: tuple[ArmScore, ArmScore]) -> _Outcome:
+def _outcome(test: ABTest, judgement: Judgement, arms: Sequence[ArmScore]) -> _Outcome:
+    """arms: by which the policy `accuracy` decides."""
     champion, challenger = test.arms
     if test.policy == ABTest.Policy.EVIDENCE or judgement.verdict == Decision.Verdict.ROLLBACK:
         wins = judgement.verdict == Decision.Verdict.PROMOTE
@@ -294,7 +296,7 @@ def _status_before(arm: MLAlgorithm) -> str:
     return arm.statuses.exclude(status=Status.AB_TESTING).order_by("-pk").values_list("status", flat=True)[0]
 
 
-def _more_accurate(test: ABTest, arms: tuple[ArmScore, ArmScore]) -> tuple[MLAlgorithm | None, str]:
+def _more_accurate(test: ABTest, arms: Sequence[ArmScore]) -> tuple[MLAlgorithm | None, str]:
     """Who goes to production, or None when neither does, and a sentence that says why."""
     first, second = arms
     if first.accuracy is not None and second.accuracy is not None and first.accuracy != second.accuracy:

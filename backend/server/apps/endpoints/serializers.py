@@ -411,6 +411,12 @@ class DaySerializer(serializers.Serializer):
     difference = ComparisonSerializer()
 
 
+class ReportQuerySerializer(serializers.Serializer):
+    fresh = serializers.BooleanField(
+        default=False, help_text="Count anew. Without it the report of a large test may be as of some minutes ago."
+    )
+
+
 class ReportSerializer(serializers.Serializer):
     abtest = serializers.IntegerField()
     title = serializers.CharField()

@@ -79,6 +79,7 @@ from apps.endpoints.serializers import (
     RecordedSerializer,
     ReplayedSerializer,
     ReplaySerializer,
+    ReportQuerySerializer,
     ReportSerializer,
     RollbackSerializer,
     StoppedABTestSerializer,
@@ -480,8 +481,9 @@ def download(contents: tuple[int | None, Iterator[bytes]], file_name: str) -> St
     return response
 
 
-def slide_of(test: ABTest) -> HttpResponse:
-    response = HttpResponse(charts.slide(report.report(test, now=timezone.now())), content_type="image/png")
+def slide_of(test: ABTest, *, fresh: bool = False) -> HttpResponse:
+    drawn = charts.slide(report.report(test, now=timezone.now(), fresh=fresh))
+    response = HttpResponse(drawn, content_type="image/png")
     name = f"abtest-{test.pk}.png"
     response.headers["Content-Disposition"] = content_disposition_header(as_attachment=False, filename=name)
     return response
@@ -555,17 +557,28 @@ class ABTestViewSet(AddOnly):
             **asked,
         )
 
-    @extend_schema(responses={200: ReportSerializer, 404: ErrorSerializer})
+    @extend_schema(
+        parameters=[ReportQuerySerializer], responses={200: ReportSerializer, 400: BAD_REQUEST, 404: ErrorSerializer}
+    )
     @action(detail=True)
     def report(self, request: Request, pk: str) -> Response:
         """How a test stands, or how it ended: both arms, whether they can be compared, the decision, day by day."""
-        return Response(ReportSerializer(report.report(self.get_object(), now=timezone.now())).data)
+        told = report.report(self.get_object(), now=timezone.now(), fresh=self._asks_fresh(request))
+        return Response(ReportSerializer(told).data)
 
-    @extend_schema(responses={(200, "image/png"): bytes, 404: ErrorSerializer})
+    @extend_schema(
+        parameters=[ReportQuerySerializer],
+        responses={(200, "image/png"): bytes, 400: BAD_REQUEST, 404: ErrorSerializer},
+    )
     @action(detail=True, url_path=r"report\.png")
     def slide(self, request: Request, pk: str) -> HttpResponse:
         """The decision and its plots as a picture of 1920 by 1080 pixels, for slides."""
-        return slide_of(self.get_object())
+        return slide_of(self.get_object(), fresh=self._asks_fresh(request))
+
+    def _asks_fresh(self, request: Request) -> bool:
+        query = ReportQuerySerializer(data=request.query_params)
+        query.is_valid(raise_exception=True)
+        return query.validated_data["fresh"]
 
     @extend_schema(parameters=[PlanQuerySerializer], responses={200: PlanSerializer, 400: BAD_REQUEST}, filters=False)
     @action(detail=False, pagination_class=None)

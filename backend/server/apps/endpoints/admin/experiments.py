@@ -180,11 +180,12 @@ class ABTestAdmin(HistoryAdmin):
     @action(description="Report", icon="insights", permissions=("view",), variant=ActionVariant.PRIMARY)
     def report(self, request: HttpRequest, object_id: str) -> HttpResponse:
         test = self.existing(request, object_id)
+        told = report.report(test, now=timezone.now(), fresh="fresh" in request.GET)
         context = {
             **self.admin_site.each_context(request),
             "title": f"{test.title}: report",
             "opts": self.opts,
-            "report": report_page.shown(test, report.report(test, now=timezone.now())),
+            "report": report_page.shown(test, told),
         }
         return TemplateResponse(request, "endpoints/admin/abtest_report.html", context)
 

@@ -9,12 +9,14 @@ from datetime import UTC, datetime, timedelta
 from io import StringIO
 
 import pytest
+from django.core.cache import cache
 from django.core.management import CommandError, call_command
 from django.db import IntegrityError, InternalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from apps.endpoints import charts, evidence
+from apps.endpoints import report as report_module
 from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLRequest, ShadowAnswer
 from apps.endpoints.purge import running_tests_of
 from apps.endpoints.report import report as report_of
@@ -224,6 +226,57 @@ def test_the_database_counts_so_a_larger_test_takes_no_more_statements(api, cham
     grow(1000)
 
     assert len(statements()) == len(few) <= 24
+
+
+class TestAReportOfALargeTest:
+    @pytest.fixture
+    def large(self, api, champion, challenger, monkeypatch) -> ABTest:
+        """A test of ten requests, where that is many."""
+        cache.clear()
+        monkeypatch.setattr(report_module, "LARGE", 10)
+        test = begin(api, champion, challenger)
+        log(test, champion, 10, 5)
+        yield test
+        cache.clear()
+
+    def test_is_shown_again_until_somebody_asks_for_a_fresh_one(self, api, admin_client, champion, large):
+        first = report(api, large)
+        log(large, champion, 10, 5)
+
+        assert report(api, large) == first
+        page = f"/admin/endpoints/abtest/{large.pk}/report/"
+        assert '<a class="text-link" href="?fresh=true">Count anew</a>' in admin_client.get(page).content.decode()
+        fresh = api.get(f"{ABTESTS}/{large.pk}/report", {"fresh": "true"}).json()
+        assert (first["champion"]["requests"], fresh["champion"]["requests"]) == (10, 20)
+        assert fresh["as_of"] > first["as_of"]
+        assert report(api, large) == fresh
+        log(large, champion, 10, 5)
+        told = admin_client.get(page, {"fresh": "true"}).context["report"]
+        assert ["Requests", "30", "0"] in told["tables"][0]["rows"]
+
+    def test_tells_at_once_that_it_has_ended(self, api, admin_client, large):
+        running = report(api, large)
+        stop(api, large)
+
+        ended = report(api, large)
+
+        assert (running["ended_at"], ended["as_of"]) == (None, ended["ended_at"])
+        page = admin_client.get(f"/admin/endpoints/abtest/{large.pk}/report/").content.decode()
+        assert "How it ended:" in page and "Count anew" not in page
+
+    def test_is_as_fresh_as_can_be_when_the_test_is_small(self, api, champion, large, monkeypatch):
+        monkeypatch.setattr(report_module, "LARGE", 100)
+        report(api, large)
+        log(large, champion, 10, 5)
+
+        assert report(api, large)["champion"]["requests"] == 20
+
+    @pytest.mark.parametrize("what", ["report", "report.png"])
+    def test_is_refused_for_an_unclear_wish(self, api, large, what):
+        response = api.get(f"{ABTESTS}/{large.pk}/{what}", {"fresh": "perhaps"})
+
+        assert response.status_code == 400
+        assert [error["field"] for error in response.json()["errors"]] == ["fresh"]
 
 
 class TestThePicture:
