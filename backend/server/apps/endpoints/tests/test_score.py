@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.management import CommandError, call_command
+from fsspec import register_implementation
+from fsspec.implementations.local import LocalFileSystem
 
 from apps.endpoints import batch, csv_file, storage
 from apps.endpoints.models import BatchJob, MLRequest
@@ -34,13 +36,13 @@ def customers(tmp_path: Path) -> Path:
     return path
 
 
-def score(input: Path, output: Path, *options: str) -> str:
+def score(input: Path | str, output: Path, *options: str) -> str:
     said = io.StringIO()
     call_command("score", str(input), str(output), "--log=none", *options, stdout=said, stderr=io.StringIO())
     return said.getvalue()
 
 
-def refused(input: Path, output: Path, *options: str) -> str:
+def refused(input: Path | str, output: Path, *options: str) -> str:
     """What is said; whatever stood in the output's folder still does, and nothing more."""
     before = {path: path.read_bytes() for path in output.parent.iterdir() if path.is_file()}
     with pytest.raises(CommandError) as error:
@@ -219,6 +221,28 @@ class TestWhatIsRefused:
         assert "name another" in refused(customers, tmp_path / "folder")
         with pytest.raises(CommandError, match=r"There is no folder .*nowhere"):
             score(customers, tmp_path / "nowhere" / "scored.csv")
+
+    def test_storage_that_cannot_be_read(self, algorithms, tmp_path):
+        for url, why in [
+            ("ftp://127.0.0.1:9/customers.csv", "cannot be read: Connection refused"),
+            ("nonsense://customers.csv", "cannot be read: Protocol not known: nonsense"),
+            ("zip://none.csv::nowhere.zip", "There is no file"),
+        ]:
+            said = refused(url, tmp_path / "scored.csv")
+            assert url in said and why in said
+
+    def test_a_file_of_unknown_size(self, algorithms, customers, tmp_path):
+        class Streaming(LocalFileSystem):
+            """As HTTP may, it does not say how large a file is."""
+
+            protocol = "streaming"
+
+            def info(self, path, **kwargs):
+                return {**super().info(path, **kwargs), "size": None}
+
+        register_implementation("streaming", Streaming, clobber=True)
+
+        assert "does not say how large it is; fetch it first" in refused(f"streaming://{customers}", tmp_path / "s.csv")
 
     def test_a_gzip_that_is_none_or_broke_off(self, algorithms, customers, tmp_path):
         packed = tmp_path / "customers.csv.gz"

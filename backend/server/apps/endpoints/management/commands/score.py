@@ -225,27 +225,39 @@ class _ParquetOutput:
 
 
 def _found(named: str) -> tuple[AbstractFileSystem, list[dict[str, Any]]]:
-    """The files that INPUT names, as their file system describes them. Raises BatchError, OSError."""
+    """The files that INPUT names, as their file system describes them. Raises BatchError."""
     try:
         files, path = url_to_fs(named)
-    except (ImportError, ValueError) as error:  # of a kind of URL that nothing here can read
-        raise BatchError(f"{named} cannot be read: {error}") from None
-    try:
-        found = [files.info(path)]
+        found = _described(files, path, named)
     except FileNotFoundError:
         raise BatchError(f"There is no file {named}.") from None
-    if found[0]["type"] == "directory":
-        listed = [each for each in files.ls(path, detail=True) if each["name"].rstrip("/") != path.rstrip("/")]
-        found = [each for each in listed if not _base_name(each["name"]).startswith(ASIDE)]
-        if storage.is_local(files):  # which says of a link what it is, and not to what it leads
-            found = [files.info(each["name"]) for each in found]
-        others = [_base_name(each["name"]) for each in found if each["type"] != "file" or not _is_table(each["name"])]
-        if others or not found:
-            raise BatchError(
-                f"{named} holds {', '.join(sorted(others)[:5]) or 'no file'}, and is to hold nothing but files whose "
-                f"names end in {', '.join(TABLES)}."
-            )
+    except BatchError:
+        raise
+    except (
+        Exception
+    ) as error:  # of a kind of URL that nothing here can read, or of its storage, which may raise anything
+        raise BatchError(f"{named} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if any(each.get("size") is None for each in found):
+        raise BatchError(f"{named} does not say how large it is; fetch it first, and name the file.")
     return files, sorted(found, key=lambda each: each["name"])
+
+
+def _described(files: AbstractFileSystem, path: str, named: str) -> list[dict[str, Any]]:
+    """A file, or all of a folder."""
+    found = [files.info(path)]
+    if found[0]["type"] != "directory":
+        return found
+    listed = [each for each in files.ls(path, detail=True) if each["name"].rstrip("/") != path.rstrip("/")]
+    found = [each for each in listed if not _base_name(each["name"]).startswith(ASIDE)]
+    if storage.is_local(files):  # which says of a link what it is, and not to what it leads
+        found = [files.info(each["name"]) for each in found]
+    others = [_base_name(each["name"]) for each in found if each["type"] != "file" or not _is_table(each["name"])]
+    if others or not found:
+        raise BatchError(
+            f"{named} holds {', '.join(sorted(others)[:5]) or 'no file'}, and is to hold nothing but files whose "
+            f"names end in {', '.join(TABLES)}."
+        )
+    return found
 
 
 def _check_apart(files: AbstractFileSystem, found: Sequence[dict[str, Any]], output: str) -> None:
