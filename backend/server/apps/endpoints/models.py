@@ -17,6 +17,7 @@ from apps.ml.schema import MAX_KEY_LENGTH
 ENDPOINT_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 FEEDBACK_LABELS = ("1", "0")
 MOST_DAYS = 3_650
+MOST_CUSTOMERS = 999_999_999
 
 
 class Status(models.TextChoices):
@@ -214,7 +215,7 @@ class ABTest(models.Model):
     minimum_labelled = models.PositiveIntegerField(
         default=100,
         help_text="Customers with a known outcome, by arm, before any verdict; of a shadow, in all.",
-        validators=[MinValueValidator(1)],
+        validators=[MinValueValidator(1), MaxValueValidator(MOST_CUSTOMERS)],
     )
     horizon_days = models.PositiveIntegerField(
         null=True,
@@ -226,7 +227,7 @@ class ABTest(models.Model):
         null=True,
         blank=True,
         help_text="Customers with a known outcome, after which a verdict falls.",
-        validators=[MinValueValidator(1)],
+        validators=[MinValueValidator(1), MaxValueValidator(MOST_CUSTOMERS)],
     )
     maturity_days = models.PositiveIntegerField(
         default=0,

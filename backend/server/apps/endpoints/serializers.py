@@ -14,6 +14,7 @@ from rest_framework import serializers
 from apps.endpoints import batch_jobs, outcomes, tables
 from apps.endpoints.evidence import EVERYONE, UNTREATED
 from apps.endpoints.models import (
+    MOST_CUSTOMERS,
     MOST_DAYS,
     ABTest,
     BatchJob,
@@ -501,7 +502,7 @@ class ReplaySerializer(serializers.Serializer):
     since = serializers.DateTimeField(required=False, help_text="When the champion answered, at the earliest.")
     until = serializers.DateTimeField(required=False, help_text="Before when the champion answered.")
     alpha = PlanField(default=0.05, min_value=1e-6, max_value=0.5)
-    minimum_labelled = serializers.IntegerField(default=100, min_value=1, max_value=2**31 - 1)
+    minimum_labelled = serializers.IntegerField(default=100, min_value=1, max_value=MOST_CUSTOMERS)
     maturity_days = serializers.IntegerField(
         required=False, min_value=0, max_value=MOST_DAYS, help_text="By default the endpoint's."
     )

@@ -187,7 +187,7 @@ class TestThePlan:
             *[("policy", value) for value in ("luck", None)],
             *[("weight", value) for value in (0, 1, -0.5, 1.5, "nan", "half", None)],
             *[("alpha", value) for value in (0, 0.9, "nan", "inf")],
-            *[("minimum_labelled", value) for value in (0, -1, 1.5, 10**30)],
+            *[("minimum_labelled", value) for value in (0, -1, 1.5, 10**9, 10**30)],
             *[("horizon", value) for value in ("soon", "0 days", "5", "3 days, 4 days", "-1 days", 30, "9999 days")],
             *[("maturity_days", value) for value in (-1, 10**9, "x")],
             *[("promote_to", value) for value in ("testing", "retired", None)],
