@@ -26,6 +26,8 @@ def serve() -> None:
         name, *arguments = json.loads(line)
         sys.stdout.write(json.dumps(CALLS[name](*arguments), default=str) + "\n")
         sys.stdout.flush()
+    for child in _held:
+        os.kill(child, signal.SIGKILL)
 
 
 def prepare(test_id: int) -> None:

@@ -14,6 +14,7 @@ from django.db import transaction
 from django.db.models import Count, F, Q
 
 from apps.endpoints import evidence, json_text, lifecycle, verdict
+from apps.endpoints.evidence import Evidence
 from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLAlgorithm, MLRequest, Status
 from apps.endpoints.verdict import Judgement
 from apps.ml.artifacts import ArtifactError
@@ -145,11 +146,11 @@ def scores_of(tests: Iterable[ABTest]) -> dict[int, tuple[ArmScore, ArmScore]]:
 
 def evaluate(test: ABTest, *, by: str, now: datetime) -> tuple[Judgement, bool]:
     """What the evidence of a test says, and whether this call ended it: if that settles it, and it has `auto_apply`."""
-    judgement = verdict.judge(evidence.gather(test, now, only_for_verdict=True))
-    if not (test.auto_apply and judgement.is_settled):
-        return judgement, False
-    _, ended_now = stop(test, by=by, now=now)
-    return judgement, ended_now
+    if test.auto_apply:
+        _, judgement, ended_now = _end(test, by=by, now=now, only_if_settled=True)
+        if judgement:
+            return judgement, ended_now
+    return verdict.judge(evidence.gather(test, now, only_for_verdict=True)), False
 
 
 def recompute(decision: Decision) -> dict[str, tuple[Any, Any]]:
@@ -186,22 +187,38 @@ def stop(
         raise ABTestError("Overruling a verdict takes a reason: send `reason` with `force`.")
     if promote and not force:
         raise ABTestError("The policy says who goes to production; to overrule it send `force` and a `reason`.")
+    test, _, ended_now = _end(test, by=by, now=now, force=force, reason=reason, promote=promote)
+    return test, ended_now
+
+
+def _end(
+    test: ABTest,
+    *,
+    by: str,
+    now: datetime,
+    force: bool = False,
+    reason: str = "",
+    promote: str = "",
+    only_if_settled: bool = False,
+) -> tuple[ABTest, Judgement | None, bool]:
+    """The test, what was said of it (None if it had ended before), and whether this call ended it."""
     with transaction.atomic():
         test = _locked(test)
         if test.ended_at:
-            return test, False
+            return test, None, False
         now = _count_until(test, now)
-        arms = scores(test) if test.policy == ABTest.Policy.ACCURACY else ()
     # Of a large test this takes seconds, in which nobody need wait.
     found = evidence.gather(test, now, as_it_stood=True, only_for_verdict=True)
     judgement = verdict.judge(found)
-    outcome = _outcome(test, judgement, arms)
+    if only_if_settled and not judgement.is_settled:
+        return test, judgement, False
+    outcome = _outcome(test, judgement, found)
     if force:
         outcome = _overruled(test, outcome, promote, by, reason)
     with transaction.atomic():
         test = _locked(test)
         if test.ended_at:
-            return test, False
+            return test, judgement, False
         promoted_to = _apply(test, outcome, by=by, now=now)
         test.ended_at = now
         test.summary = f"{outcome.summary} Stopped by {by}."
@@ -219,7 +236,7 @@ def stop(
             decided_by=by,
             decided_at=now,
         )
-    return test, True
+    return test, judgement, True
 
 
 def _locked(test: ABTest) -> ABTest:
@@ -229,9 +246,13 @@ def _locked(test: ABTest) -> ABTest:
 
 
 def _count_until(test: ABTest, now: datetime) -> datetime:
-    """The moment up to which the end of a locked test counts: all dated by then has been told, and no more will be."""
-    newest = FeedbackChange.objects.order_by("-pk").values_list("created_at", flat=True).first()
-    test.counted_until = max(filter(None, (now, newest, test.counted_until)))
+    """Up to when the end of a locked test counts: what is dated by then has been told, and what is told later is not.
+
+    So it is of outcomes and of a shadow's answers.
+    """
+    newest = (FeedbackChange.objects.all(), test.shadow_answers.all())
+    told = [rows.order_by("-pk").values_list("created_at", flat=True).first() for rows in newest]
+    test.counted_until = max(filter(None, (now, test.counted_until, *told)))
     test.save(update_fields=["counted_until"])
     return test.counted_until
 
@@ -245,12 +266,16 @@ class _Outcome:
     by_accuracy: bool = False
 
 
-def _outcome(test: ABTest, judgement: Judgement, arms: Sequence[ArmScore]) -> _Outcome:
-    """arms: by which the policy `accuracy` decides."""
+def _outcome(test: ABTest, judgement: Judgement, found: Evidence) -> _Outcome:
     champion, challenger = test.arms
     if test.policy == ABTest.Policy.EVIDENCE or judgement.verdict == Decision.Verdict.ROLLBACK:
         wins = judgement.verdict == Decision.Verdict.PROMOTE
         return _Outcome(challenger if wins else champion, " ".join([judgement.sentence, *judgement.warnings]))
+    counted = dict(zip(test.arms, found.by_request, strict=True))
+    arms = [
+        ArmScore(arm, counted[arm].labelled, counted[arm].correct)
+        for arm in (test.parent_mlalgorithm_1, test.parent_mlalgorithm_2)
+    ]
     winner, why = _more_accurate(test, arms)
     said = verdict.beside_the_accuracy_rule(judgement)
     return _Outcome(winner, f"{arms[0]}. {arms[1]}. {why} {said}", by_accuracy=True)

@@ -72,7 +72,7 @@ def slide(report: dict[str, Any]) -> bytes:
         axes = charts.subplot_mosaic([["difference", "difference"], ["accuracy", "calibration"]])
         for name, draw_chart in CHARTS.items():
             draw_chart(axes[name], report)
-        note = textwrap.fill(f"{how_to_read(report)} As of {timezone.localtime(report['as_of']):%Y-%m-%d}.", 170)
+        note = textwrap.fill(f"{how_to_read(report)} As of {timezone.localtime(report['as_of']):%Y-%m-%d %H:%M}.", 170)
         charts.supxlabel(note, x=0.02, ha="left", fontsize=9, color=GREY)
 
     return _drawn(SLIDE_INCHES, "png", draw)

@@ -123,7 +123,8 @@ class Day:
 class Evidence:
     """All that a verdict rests on, at a moment.
 
-    judged: EVERYONE, or UNTREATED if enough customers were left alone. wins: of pairs in which one alone was right,
+    judged: EVERYONE, or UNTREATED if enough customers were left alone. by_request: of each of the two all labelled
+    requests, however young; by these the policy `accuracy` decides. wins: of pairs in which one alone was right,
     whether it was the challenger, in the order in which they began to count; of a shadow. waiting: requests that a
     shadow's challenger has not scored yet.
     """
@@ -134,6 +135,7 @@ class Evidence:
     judged: str
     days: Sequence[Day]
     pairs: Pairs
+    by_request: tuple[Counts, Counts]
     wins: Sequence[bool]
     waiting: int = 0
 
@@ -148,6 +150,10 @@ class Evidence:
     @property
     def is_paired(self) -> bool:
         return self.test.design == ABTest.Design.SHADOW
+
+    @property
+    def requests(self) -> int:
+        return self.champion.requests + (0 if self.is_paired else self.challenger.requests)
 
     @property
     def labelled(self) -> int:
@@ -203,6 +209,7 @@ def _told_by(log: _Log, as_of: datetime, only_for_verdict: bool) -> Evidence:
         judged=UNTREATED if only_untreated else EVERYONE,
         days=_days(customers, judged),
         pairs=_total(judged).pairs,
+        by_request=log.by_request(),
         wins=log.wins(only_untreated) if log.is_paired else (),
         waiting=log.waiting() if log.is_paired else 0,
     )
@@ -329,6 +336,20 @@ class _Log:
             for day, treated, side, labelled, correct in rows
         ]
 
+    def by_request(self) -> tuple[Counts, Counts]:
+        right, challenger_right = (
+            f"SUM(CASE WHEN {self._of(side, 'response')} = outcome THEN 1 ELSE 0 END)" for side in SIDES
+        )
+        answered = f"FROM evidence_asked WHERE outcome IS NOT NULL AND {self._of(CHALLENGER, 'response')} IS NOT NULL"
+        if self.is_paired:
+            ((labelled, *correct),) = self._ask(f"SELECT COUNT(*), {right}, {challenger_right} {answered}")
+            return Counts(labelled, correct[0] or 0), Counts(labelled, correct[1] or 0)
+        found = {
+            side: Counts(*counted)
+            for side, *counted in self._ask(f"SELECT side, COUNT(*), {right} {answered} GROUP BY 1")
+        }
+        return found.get(CHAMPION, Counts()), found.get(CHALLENGER, Counts())
+
     def wins(self, only_untreated: bool) -> list[bool]:
         rows = self._ask(
             f"""
@@ -438,12 +459,11 @@ class _Log:
         if self.test.maturity_days:
             mature_at = self._by_vendor(_LATER, "r.created_at", days=self.test.maturity_days)
             counts_at = f"CASE WHEN r.labelled_at < {mature_at} THEN {mature_at} ELSE r.labelled_at END"
-        counts = f"""
-            r.feedback IS NOT NULL AND r.labelled_at <= {moment} AND r.created_at <= {self._literal(self._mature_since)}
-        """
+        known = f"r.feedback IS NOT NULL AND r.labelled_at <= {moment}"
+        counts = f"{known} AND r.created_at <= {self._literal(self._mature_since)}"
         told = f"""
             r.id, r.customer_key, r.created_at AS asked_at,
-            CASE WHEN {counts} THEN {counts_at} END AS counts_at, CASE WHEN {counts} THEN {outcome} END AS outcome,
+            CASE WHEN {counts} THEN {counts_at} END AS counts_at, CASE WHEN {known} THEN {outcome} END AS outcome,
             CASE WHEN {counts} AND {acted_on} THEN 1 ELSE 0 END AS treated
         """
         came = f"{self._by_vendor(_NOT_BY_INDEX, 'r.created_at')} <= {moment}"

@@ -324,7 +324,7 @@ def _write(
     recorded = 0
     with transaction.atomic():
         lifecycle.lock_shared(endpoint_ids)
-        moment = ABTest.objects.filter(parent_endpoint__in=endpoint_ids).after_counts(now)
+        moment = ABTest.objects.filter(parent_endpoint__in=endpoint_ids).moment_after_counts(now)
         for some in _in_chunks(sorted(meanings)):
             known = _locked(some)
             if len(known) < len(some):

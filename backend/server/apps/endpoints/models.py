@@ -148,7 +148,7 @@ class ABTestQuerySet(models.QuerySet["ABTest"]):
     def running(self) -> ABTestQuerySet:
         return self.filter(ended_at=None)
 
-    def after_counts(self, now: datetime) -> datetime:
+    def moment_after_counts(self, now: datetime) -> datetime:
         """Now, or just after the moment up to which the end of any of these tests counts."""
         counted = self.aggregate(newest=Max("counted_until"))["newest"]
         return now if counted is None else max(now, counted + timedelta(microseconds=1))

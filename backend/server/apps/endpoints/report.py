@@ -14,7 +14,7 @@ from apps.endpoints.models import ABTest
 from apps.endpoints.statistics import Difference
 from apps.endpoints.verdict import Comparison, Judgement
 
-# Of so many requests it takes a second and more (bench/evidence.py), and is shown again for so many.
+# Of more requests a report takes more than a second (bench/evidence.py), and is kept.
 LARGE = 100_000
 KEPT_SECONDS = 300
 
@@ -29,7 +29,8 @@ def report(test: ABTest, *, now: datetime, fresh: bool = False) -> dict[str, Any
         return kept
     evidence = gather(test, test.ended_at or now, as_it_stood=test.ended_at is not None)
     made = _told(evidence, verdict.judge(evidence))
-    if sum(arm.requests for arm in evidence.arms) >= LARGE:
+    kept = cache.get(key)
+    if evidence.requests > LARGE and not (kept and kept["as_of"] > made["as_of"]):
         cache.set(key, made, KEPT_SECONDS)
     return made
 

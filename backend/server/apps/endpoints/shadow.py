@@ -195,7 +195,7 @@ def _record(test: ABTest, scored: Sequence[tuple[int, Said]], now: datetime) -> 
         running = ABTest.objects.running().filter(pk=test.pk)
         if not is_mine or not running.exists():
             return 0
-        moment = connection.ops.adapt_datetimefield_value(running.after_counts(now))
+        moment = connection.ops.adapt_datetimefield_value(running.moment_after_counts(now))
         still = MLRequest.objects.filter(pk__in=rows, shadow=None).values_list("pk", flat=True)
         lacking = [(*rows[pk], moment) for pk in still]
         if lacking:

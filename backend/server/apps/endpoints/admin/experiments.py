@@ -180,12 +180,13 @@ class ABTestAdmin(HistoryAdmin):
     @action(description="Report", icon="insights", permissions=("view",), variant=ActionVariant.PRIMARY)
     def report(self, request: HttpRequest, object_id: str) -> HttpResponse:
         test = self.existing(request, object_id)
-        told = report.report(test, now=timezone.now(), fresh="fresh" in request.GET)
+        now, fresh = timezone.now(), _asks_fresh(request)
+        told = report.report(test, now=now, fresh=fresh)
         context = {
             **self.admin_site.each_context(request),
             "title": f"{test.title}: report",
             "opts": self.opts,
-            "report": report_page.shown(test, told),
+            "report": report_page.shown(test, told, now=now, fresh=fresh),
         }
         return TemplateResponse(request, "endpoints/admin/abtest_report.html", context)
 
@@ -196,7 +197,7 @@ class ABTestAdmin(HistoryAdmin):
     def slide_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         if not self.has_view_permission(request):
             raise PermissionDenied
-        return slide_of(self.existing(request, str(pk)))
+        return slide_of(self.existing(request, str(pk)), fresh=_asks_fresh(request))
 
     @action(
         description="Stop",
@@ -256,6 +257,10 @@ class ABTestAdmin(HistoryAdmin):
                 for arm in abtests.scores(test)
             ],
         )
+
+
+def _asks_fresh(request: HttpRequest) -> bool:
+    return request.GET.get("fresh") == "true"
 
 
 def _in_a_cell(arm: ArmScore) -> SafeString:

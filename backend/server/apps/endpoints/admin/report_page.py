@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from django.urls import reverse
@@ -27,8 +28,8 @@ BADGES = {
 NONE = "-"
 
 
-def shown(test: ABTest, report: dict[str, Any]) -> dict[str, Any]:
-    """report: as `report.report` makes it."""
+def shown(test: ABTest, report: dict[str, Any], *, now: datetime, fresh: bool) -> dict[str, Any]:
+    """report: as `report.report` makes it. fresh: it was asked to."""
     decision, difference = report["decision"], report["difference"]
     more = difference["more_labels"]
     is_open = not test.ended_at and decision["verdict"] in (Verdict.HOLD, Verdict.CONTINUE)
@@ -39,7 +40,8 @@ def shown(test: ABTest, report: dict[str, Any]) -> dict[str, Any]:
         "sentence": decision["sentence"],
         "warnings": decision["warnings"],
         "summary": test.summary,
-        "slide_url": reverse("admin:endpoints_abtest_slide", args=[test.pk]),
+        "was_kept": not test.ended_at and report["as_of"] < now,
+        "slide_url": reverse("admin:endpoints_abtest_slide", args=[test.pk]) + ("?fresh=true" if fresh else ""),
         "test_url": reverse("admin:endpoints_abtest_change", args=[test.pk]),
         "figures": [
             *((f"Right: {report[side]['name']}", _percent(report[side]["accuracy"])) for side in charts.ARMS),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import struct
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from io import StringIO
 
 import pytest
+from django.apps import apps
 from django.core.cache import cache
 from django.core.management import CommandError, call_command
 from django.db import IntegrityError, InternalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from apps.endpoints import charts, evidence
+from apps.endpoints import abtests, charts, evidence
 from apps.endpoints import report as report_module
 from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLRequest, ShadowAnswer
 from apps.endpoints.purge import running_tests_of
@@ -233,26 +237,48 @@ class TestAReportOfALargeTest:
     def large(self, api, champion, challenger, monkeypatch) -> ABTest:
         """A test of ten requests, where that is many."""
         cache.clear()
-        monkeypatch.setattr(report_module, "LARGE", 10)
+        monkeypatch.setattr(report_module, "LARGE", 9)
         test = begin(api, champion, challenger)
         log(test, champion, 10, 5)
         yield test
         cache.clear()
 
-    def test_is_shown_again_until_somebody_asks_for_a_fresh_one(self, api, admin_client, champion, large):
+    def test_is_shown_again_until_somebody_asks_for_a_fresh_one(self, api, champion, large):
         first = report(api, large)
         log(large, champion, 10, 5)
 
         assert report(api, large) == first
-        page = f"/admin/endpoints/abtest/{large.pk}/report/"
-        assert '<a class="text-link" href="?fresh=true">Count anew</a>' in admin_client.get(page).content.decode()
         fresh = api.get(f"{ABTESTS}/{large.pk}/report", {"fresh": "true"}).json()
         assert (first["champion"]["requests"], fresh["champion"]["requests"]) == (10, 20)
         assert fresh["as_of"] > first["as_of"]
         assert report(api, large) == fresh
+
+    def test_is_shown_again_as_a_picture_too(self, api, champion, large):
+        def picture(**query) -> bytes:
+            return api.get(f"{ABTESTS}/{large.pk}/report.png", query).content
+
+        first = picture()
         log(large, champion, 10, 5)
-        told = admin_client.get(page, {"fresh": "true"}).context["report"]
-        assert ["Requests", "30", "0"] in told["tables"][0]["rows"]
+
+        assert picture() == first
+        assert picture(fresh="true") != first
+
+    def test_is_counted_anew_from_its_page(self, api, admin_client, champion, large):
+        page = f"/admin/endpoints/abtest/{large.pk}/report/"
+        link = '<a class="text-link" href="?fresh=true">Count anew</a>'
+        assert link not in admin_client.get(page).content.decode()
+        log(large, champion, 10, 5)
+        assert link in admin_client.get(page).content.decode()
+
+        fresh = admin_client.get(page, {"fresh": "true"})
+
+        assert ["Requests", "20", "0"] in fresh.context["report"]["tables"][0]["rows"]
+        assert link not in fresh.content.decode()
+        assert f"/admin/endpoints/abtest/{large.pk}/report.png?fresh=true" in fresh.content.decode()
+        slide = admin_client.get(f"/admin/endpoints/abtest/{large.pk}/report.png")
+        log(large, champion, 10, 5)
+        assert admin_client.get(slide.request["PATH_INFO"]).content == slide.content
+        assert admin_client.get(slide.request["PATH_INFO"], {"fresh": "true"}).content != slide.content
 
     def test_tells_at_once_that_it_has_ended(self, api, admin_client, large):
         running = report(api, large)
@@ -264,12 +290,33 @@ class TestAReportOfALargeTest:
         page = admin_client.get(f"/admin/endpoints/abtest/{large.pk}/report/").content.decode()
         assert "How it ended:" in page and "Count anew" not in page
 
-    def test_is_as_fresh_as_can_be_when_the_test_is_small(self, api, champion, large, monkeypatch):
-        monkeypatch.setattr(report_module, "LARGE", 100)
+    def test_is_kept_for_a_while_only(self, api, champion, large, monkeypatch):
+        monkeypatch.setattr(report_module, "KEPT_SECONDS", 0.01)
         report(api, large)
         log(large, champion, 10, 5)
+        time.sleep(0.02)
 
         assert report(api, large)["champion"]["requests"] == 20
+
+    def test_gives_no_way_to_an_older_one_that_took_longer(self, large):
+        now = timezone.now()
+        report_of(large, now=now, fresh=True)
+        report_of(large, now=now - timedelta(minutes=1), fresh=True)
+
+        assert report_of(large, now=now + timedelta(minutes=1))["as_of"] == now
+
+    def test_is_as_fresh_as_can_be_when_the_test_is_small(self, api, champion, challenger, large, monkeypatch):
+        monkeypatch.setattr(report_module, "LARGE", 10)
+        report(api, large)
+        log(large, champion, 1, 1)
+        assert report(api, large)["champion"]["requests"] == 11
+        stop(api, large)
+        of_a_shadow = begin(api, champion, challenger, design="shadow")
+        shadow(log(of_a_shadow, champion, 10, 5), of_a_shadow, right=5)
+        report(api, of_a_shadow)
+        log(of_a_shadow, champion, 1, 1)
+
+        assert report(api, of_a_shadow)["champion"]["requests"] == 11
 
     @pytest.mark.parametrize("what", ["report", "report.png"])
     def test_is_refused_for_an_unclear_wish(self, api, large, what):
@@ -565,6 +612,18 @@ class TestEvaluating:
         assert ("The test is stopped." in said) is auto_apply
         assert status_of(challenger) == ("production" if auto_apply else "ab_testing")
 
+    def test_counts_once_what_it_says_and_does(self, api, champion, challenger):
+        test = begin(api, champion, challenger, auto_apply=True)
+        log(test, champion, 400, 300)
+        log(test, challenger, 400, 380)
+
+        with CaptureQueriesContext(connection) as queries:
+            evaluated()
+
+        counts = [query for query in queries if query["sql"].startswith("CREATE TEMPORARY TABLE evidence_asked")]
+        assert len(counts) == 1
+        assert Decision.objects.get().verdict == "PROMOTE"
+
     def test_leaves_alone_what_is_open(self, api, champion, challenger):
         test = begin(api, champion, challenger, auto_apply=True)
         log(test, champion, 10, 5)
@@ -574,6 +633,69 @@ class TestEvaluating:
 
     def test_of_no_test_says_nothing(self, api, champion):
         assert evaluated() == ""
+
+
+class TestWhileAStopCounts:
+    """Nobody waits for it, and nothing that is told meanwhile counts."""
+
+    def stop_while(self, test: ABTest, do: Callable[[], None], now: datetime) -> ABTest:
+        def before_it_reads(execute, sql, *details):
+            if sql.startswith("CREATE TEMPORARY TABLE evidence_asked"):
+                do()
+            return execute(sql, *details)
+
+        with connection.execute_wrapper(before_it_reads):
+            ended, ended_now = abtests.stop(test, by="Ada", now=now)
+        assert ended_now
+        return ended
+
+    @pytest.mark.parametrize("policy", ["accuracy", "evidence"])
+    @pytest.mark.parametrize("design", ["split", "shadow"])
+    def test_what_is_told_by_a_clock_that_is_behind_is_dated_after_it(self, api, champion, challenger, design, policy):
+        test = begin(api, champion, challenger, design=design, policy=policy)
+        requests = log(test, champion, 0, 0, unknown=25)
+        if design == "shadow":
+            for request in requests:
+                ShadowAnswer.objects.create(request=request, abtest=test, response="1", probability=0.7, latency_ms=2.0)
+
+        def tell(some: list[MLRequest], outcome: str) -> None:
+            outcomes = [{"request_id": request.pk, "outcome": outcome} for request in some]
+            assert api.post("/api/v1/feedback", outcomes).status_code == 200
+
+        tell(requests[:15], "1")
+        tell(requests[15:20], "0")
+        ahead = timezone.now() + timedelta(minutes=1)
+
+        ended = self.stop_while(test, lambda: tell(requests[10:15] + requests[20:], "0"), ahead)
+
+        late = FeedbackChange.objects.order_by("pk").values_list("created_at", flat=True)[20:]
+        assert len(late) == 10 and set(late) == {ahead + timedelta(microseconds=1)}
+        assert (ended.ended_at, ended.decision.decided_at) == (ahead, ahead)
+        told = report(api, test)["champion"]
+        assert (told["labelled"], told["accuracy"]) == (20, 0.75)
+        assert ("15 of 20 labelled requests right" in ended.summary) is (policy == "accuracy")
+        assert "The same as recorded" in recomputed(test)
+
+    def test_what_a_shadow_was_told_by_a_clock_that_is_ahead_counts(self, api, champion, challenger):
+        test = begin(api, champion, challenger, design="shadow")
+        shadow(log(test, champion, 20, 15), test, right=20)
+        ahead = timezone.now() + timedelta(minutes=1)
+        ShadowAnswer.objects.update(created_at=ahead)
+
+        stop(api, test)
+
+        test.refresh_from_db()
+        assert (test.decision.decided_at, test.decision.evidence["pairs"]["both"]) == (ahead, 15)
+        assert "The same as recorded" in recomputed(test)
+
+    def test_a_later_stop_counts_no_less_than_one_that_did_not_end_it(self, api, champion, challenger):
+        test = begin(api, champion, challenger)
+        ahead = timezone.now() + timedelta(minutes=1)
+        ABTest.objects.filter(pk=test.pk).update(counted_until=ahead)
+
+        stop(api, test)
+
+        assert Decision.objects.get().decided_at == ahead
 
 
 class TestADecision:
@@ -614,6 +736,19 @@ class TestADecision:
     def test_of_a_test_without_one_cannot_be_made_again(self, api, champion, challenger):
         with pytest.raises(CommandError, match="has no decision"):
             recomputed(begin(api, champion, challenger))
+
+    def test_of_before_counts_had_a_moment_is_dated_so_that_it_can_be_made_again(self, api, champion, challenger):
+        test = self.stopped(api, champion, challenger)
+        ShadowAnswer.objects.update(created_at=test.ended_at + timedelta(seconds=3))
+        ABTest.objects.update(counted_until=None)
+        running = begin(api, champion, challenger)
+
+        import_module("apps.endpoints.migrations.0006_count_before_a_stop").ended_tests_counted_until_their_end(
+            apps, None
+        )
+
+        assert "The same as recorded" in recomputed(test)
+        assert dict(ABTest.objects.values_list("pk", "counted_until")) == {test.pk: test.ended_at, running.pk: None}
 
     def test_is_never_changed(self, api, champion, challenger):
         if connection.vendor not in ("sqlite", "postgresql"):
