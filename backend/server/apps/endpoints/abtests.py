@@ -246,9 +246,9 @@ def _locked(test: ABTest) -> ABTest:
 
 
 def _count_until(test: ABTest, now: datetime) -> datetime:
-    """Up to when the end of a locked test counts: what is dated by then has been told, and what is told later is not.
+    """Up to when the end of a locked test counts.
 
-    So it is of outcomes and of a shadow's answers.
+    All outcomes, and a shadow's answers, that are dated by then have been told, and none will be told later.
     """
     newest = (FeedbackChange.objects.all(), test.shadow_answers.all())
     told = [rows.order_by("-pk").values_list("created_at", flat=True).first() for rows in newest]

@@ -323,6 +323,7 @@ def record(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
             for arm in evidence.arms
         ],
         "pairs": asdict(evidence.pairs) if evidence.is_paired else None,
+        "by_request": [asdict(counts) for counts in evidence.by_request],
         "wins_sha256": hashlib.sha256(bytes(evidence.wins)).hexdigest() if evidence.is_paired else None,
         "difference": comparison.difference and asdict(comparison.difference),
         "p": comparison.p,

@@ -674,6 +674,8 @@ class TestWhileAStopCounts:
         told = report(api, test)["champion"]
         assert (told["labelled"], told["accuracy"]) == (20, 0.75)
         assert ("15 of 20 labelled requests right" in ended.summary) is (policy == "accuracy")
+        of_the_other = {"labelled": 20, "correct": 15} if design == "shadow" else {"labelled": 0, "correct": 0}
+        assert ended.decision.evidence["by_request"] == [{"labelled": 20, "correct": 15}, of_the_other]
         assert "The same as recorded" in recomputed(test)
 
     def test_what_a_shadow_was_told_by_a_clock_that_is_ahead_counts(self, api, champion, challenger):
