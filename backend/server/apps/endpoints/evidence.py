@@ -459,8 +459,9 @@ class _Log:
         if self.test.maturity_days:
             mature_at = self._by_vendor(_LATER, "r.created_at", days=self.test.maturity_days)
             counts_at = f"CASE WHEN r.labelled_at < {mature_at} THEN {mature_at} ELSE r.labelled_at END"
-        known = f"r.feedback IS NOT NULL AND r.labelled_at <= {moment}"
-        counts = f"{known} AND r.created_at <= {self._literal(self._mature_since)}"
+        # Outcomes of whose telling no history was kept are known, and count in no order.
+        known = f"r.feedback IS NOT NULL AND (r.labelled_at IS NULL OR r.labelled_at <= {moment})"
+        counts = f"r.labelled_at IS NOT NULL AND {known} AND r.created_at <= {self._literal(self._mature_since)}"
         told = f"""
             r.id, r.customer_key, r.created_at AS asked_at,
             CASE WHEN {counts} THEN {counts_at} END AS counts_at, CASE WHEN {known} THEN {outcome} END AS outcome,
