@@ -29,9 +29,10 @@ def report(test: ABTest, *, now: datetime, fresh: bool = False) -> dict[str, Any
         return kept
     evidence = gather(test, test.ended_at or now, as_it_stood=test.ended_at is not None)
     made = _told(evidence, verdict.judge(evidence))
-    kept = cache.get(key)
-    if evidence.requests > LARGE and not (kept and kept["as_of"] > made["as_of"]):
-        cache.set(key, made, KEPT_SECONDS)
+    if evidence.requests > LARGE:
+        kept = cache.get(key)  # maybe by now one that was begun later
+        if not kept or kept["as_of"] <= made["as_of"]:
+            cache.set(key, made, KEPT_SECONDS)
     return made
 
 

@@ -233,9 +233,7 @@ def _found(named: str) -> tuple[AbstractFileSystem, list[dict[str, Any]]]:
         raise BatchError(f"There is no file {named}.") from None
     except BatchError:
         raise
-    except (
-        Exception
-    ) as error:  # of a kind of URL that nothing here can read, or of its storage, which may raise anything
+    except Exception as error:  # of a kind of URL that nothing here can read, or whatever its storage raises
         raise BatchError(f"{named} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if any(each.get("size") is None for each in found):
         raise BatchError(f"{named} does not say how large it is; fetch it first, and name the file.")
