@@ -278,6 +278,7 @@ def test_starting_stopping_and_promoting_at_once_leaves_one_to_answer_and_each_r
     names = [*OUT_OF_THE_BOX]
     better = CHAMPION
     done = threading.Event()
+    told = threading.Semaphore(0)
 
     def predict_and_tell() -> Counter:
         """Each answer's outcome is told at once, so that stops move production."""
@@ -289,7 +290,15 @@ def test_starting_stopping_and_promoting_at_once_leaves_one_to_answer_and_each_r
             if response.status_code == 200:
                 label = answer["label"] if answer["algorithm"] == better else OTHER_LABEL[answer["label"]]
                 shop.tell([{"request_id": answer["request_id"], "outcome": label}])
+                told.release()
         return answered
+
+    def wait_until_both_arms_have_outcomes() -> None:
+        """By chance: of eight told from now on, three may be of answers given before the test."""
+        while told.acquire(blocking=False):
+            pass
+        for _ in range(8):
+            assert told.acquire(timeout=30)
 
     def look() -> int:
         looks = 0
@@ -307,7 +316,7 @@ def test_starting_stopping_and_promoting_at_once_leaves_one_to_answer_and_each_r
         try:
             test_id = shop.begin().json()["id"]
             for number in range(ROUNDS):
-                better = random.choice(names)
+                wait_until_both_arms_have_outcomes()
                 pair = random.sample(names, 2)
                 started, stopped, promoted = all_at_once(
                     lambda pair=pair: shop.begin(*pair),
@@ -321,6 +330,7 @@ def test_starting_stopping_and_promoting_at_once_leaves_one_to_answer_and_each_r
                 running = shop.running()
                 if started.status_code == 201:
                     test_id = started.json()["id"]
+                    better = random.choice(pair)
                 assert running in ([], [test_id])
                 statuses = shop.statuses()
                 is_champion = bool(running) and "production" not in statuses.values()
