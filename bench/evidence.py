@@ -138,7 +138,7 @@ def _measure(name: str, count: int) -> None:
 
     django.setup()
     call_command("migrate", verbosity=0)
-    from apps.endpoints import evidence, report, verdict
+    from apps.endpoints import evidence, kept_reports, verdict
 
     def read(test: ABTest) -> None:
         with connection.cursor() as cursor:
@@ -148,8 +148,8 @@ def _measure(name: str, count: int) -> None:
     asked: dict[str, Callable[[ABTest], object]] = {
         "read once": read,
         "verdict": lambda test: verdict.judge(evidence.gather(test, timezone.now(), only_for_verdict=True)),
-        "report": lambda test: report.report(test, now=timezone.now()),
-        "report, again": lambda test: report.report(test, now=timezone.now()),
+        "report": lambda test: kept_reports.look(test, now=timezone.now(), fresh=True),
+        "report, kept": lambda test: kept_reports.look(test, now=timezone.now()),
     }
     import statsmodels.stats.proportion  # noqa: F401  so that no figure has the time of its import
 

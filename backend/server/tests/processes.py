@@ -144,3 +144,16 @@ def running(env: dict[str, str], log: Path, **kwargs) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+
+
+@contextmanager
+def worker(env: dict[str, str], log: Path, *command: str) -> Iterator[subprocess.Popen]:
+    """A worker of batch jobs, or another command of manage.py, which is killed in the end."""
+    with log.open("ab") as output:
+        command = [sys.executable, "manage.py", *(command or ["batch_worker"])]
+        process = subprocess.Popen(command, cwd=BACKEND, env=env, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.client import HTTPConnection
 from itertools import groupby
 from pathlib import Path
@@ -352,6 +353,49 @@ def test_starting_stopping_and_promoting_at_once_leaves_one_to_answer_and_each_r
     assert len([step for step in promotions if step["status"] == "production"]) == codes["promoted"][201]
     assert_every_step_was_whole(shop)
     assert "Traceback" not in shop.server.log.read_text()
+
+
+# --- Reports of large tests -------------------------------------------------------------------------------------------
+DOUBLE = """
+from django.db import connection
+from apps.endpoints.models import MLRequest
+columns = ", ".join(field.column for field in MLRequest._meta.concrete_fields if not field.primary_key)
+with connection.cursor() as cursor:
+    for _ in range({times}):
+        cursor.execute(
+            f"INSERT INTO endpoints_mlrequest ({{columns}}) SELECT {{columns}} FROM endpoints_mlrequest "
+            "WHERE abtest_id = {test_id}"
+        )
+"""
+
+
+def test_of_workers_at_once_one_counts_the_report_of_a_large_test_and_every_process_shows_it(shop, customers):
+    test_id = shop.begin().json()["id"]
+    shop.tell(outcomes(shop.ask(customers[:200]), right=True))
+    processes.manage("shell", "--no-imports", "-c", DOUBLE.format(times=9, test_id=test_id), env=shop.env)
+
+    logs = shop.folder / "first worker", shop.folder / "second worker"
+    said = "which is large, was counted"
+    env = {**shop.env, "LOG_LEVEL": "INFO"}
+    with processes.worker(env, logs[0]) as first, processes.worker(env, logs[1]) as second:
+        within = time.monotonic() + 60
+        while not any(said in log.read_text() for log in logs):
+            assert time.monotonic() < within
+            time.sleep(0.1)
+        time.sleep(3)  # in which the other one, which began a moment later, would count too
+        for worker in (first, second):
+            worker.terminate()
+            assert worker.wait(10) == 0
+    counted = datetime.now(UTC)
+    shop.ask(customers[:10])
+
+    assert sum(log.read_text().count(said) for log in logs) == 1
+    told = [shop.get(f"abtests/{test_id}/report") for _ in range(20)]
+    assert told[1:] == told[:-1]
+    assert datetime.fromisoformat(told[0]["as_of"]) < counted
+    assert sum(told[0][arm]["requests"] for arm in ("champion", "challenger")) == 200 * 2**9
+    shop.stop(test_id)
+    assert shop.get(f"abtests/{test_id}/report")["ended_at"]
 
 
 # --- Stops that take long, or are killed ------------------------------------------------------------------------------

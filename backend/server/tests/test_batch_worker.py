@@ -7,10 +7,9 @@ import io
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import requests
 
 from conftest import make_customers
 from tests import postgresql, processes
-from tests.processes import BACKEND, Server
+from tests.processes import Server, worker
 
 pytestmark = pytest.mark.whole
 
@@ -45,19 +44,6 @@ def prepared(database_url: str, trained: Path, folder: Path) -> dict[str, str]:
     processes.manage("migrate", env=env)
     processes.manage("register_algorithms", env=env)
     return env
-
-
-@contextmanager
-def worker(env: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "manage.py", "batch_worker"], cwd=BACKEND, env=env, stdout=output, stderr=output
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def submit(server: Server, **fields: str) -> str:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from conftest import make_customers
 from tests import processes
-from tests.processes import BACKEND, Server
+from tests.processes import Server, worker
 
 pytestmark = pytest.mark.whole
 
@@ -43,18 +39,6 @@ def env(database_url: str, trained: Path, tmp_path: Path) -> dict[str, str]:
     processes.manage("migrate", env=env)
     processes.manage("register_algorithms", env=env)
     return env
-
-
-@contextmanager
-def worker(env: dict[str, str], log: Path, *command: str) -> Iterator[subprocess.Popen]:
-    with log.open("ab") as output:
-        command = [sys.executable, "manage.py", *(command or ["batch_worker"])]
-        process = subprocess.Popen(command, cwd=BACKEND, env=env, stdout=output, stderr=output)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def begin(server: Server) -> int:

@@ -403,6 +403,22 @@ class ShadowAnswer(models.Model):
         return f"{self.response or 'failure'} for request {self.request_id}"
 
 
+class KeptReport(models.Model):
+    """What was counted last of a large A/B test, for whoever looks next: see kept_reports."""
+
+    abtest = models.OneToOneField(ABTest, on_delete=models.CASCADE, primary_key=True, related_name="kept_report")
+    begun_at = models.DateTimeField(null=True, help_text="When somebody last began to count.")
+    counted_at = models.DateTimeField(null=True, help_text="When the count began whose result is kept.")
+    seconds = models.FloatField(default=0, help_text="How long that took.")
+    document = models.JSONField(null=True)
+
+    class Meta:
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return f"report of {self.abtest}"
+
+
 class Decision(models.Model):
     """How a test ended: the verdict, what it rests on, and what was done. The database refuses changes."""
 

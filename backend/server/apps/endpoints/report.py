@@ -6,34 +6,17 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from django.core.cache import cache
-
 from apps.endpoints import statistics, verdict
 from apps.endpoints.evidence import Arm, Evidence, gather
 from apps.endpoints.models import ABTest
 from apps.endpoints.statistics import Difference
 from apps.endpoints.verdict import Comparison, Judgement
 
-# Of more requests a report takes more than a second (bench/evidence.py), and is kept.
-LARGE = 100_000
-KEPT_SECONDS = 300
 
-
-def report(test: ABTest, *, now: datetime, fresh: bool = False) -> dict[str, Any]:
-    """The report of a test as it stands, or as it ended.
-
-    Of a large test it is kept for some minutes, by each process; fresh: made anew all the same.
-    """
-    key = f"abtest-report-{test.pk}-{'ended' if test.ended_at else 'running'}"
-    if not fresh and (kept := cache.get(key)):
-        return kept
+def report(test: ABTest, *, now: datetime) -> dict[str, Any]:
+    """The report of a test as it stands, or as it ended."""
     evidence = gather(test, test.ended_at or now, as_it_stood=test.ended_at is not None)
-    made = _told(evidence, verdict.judge(evidence))
-    if evidence.requests > LARGE:
-        kept = cache.get(key)  # maybe by now one that was begun later
-        if not kept or kept["as_of"] <= made["as_of"]:
-            cache.set(key, made, KEPT_SECONDS)
-    return made
+    return _told(evidence, verdict.judge(evidence))
 
 
 def _told(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:

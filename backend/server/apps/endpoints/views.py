@@ -38,12 +38,12 @@ from apps.endpoints import (
     charts,
     feedback,
     json_text,
+    kept_reports,
     lifecycle,
     planning,
     prediction,
     production,
     replay,
-    report,
 )
 from apps.endpoints.exceptions import LengthRequired, PayloadTooLarge
 from apps.endpoints.filters import AlgorithmFilter, BatchJobFilter, NewestFirst, RequestFilter, StatusFilter
@@ -482,7 +482,7 @@ def download(contents: tuple[int | None, Iterator[bytes]], file_name: str) -> St
 
 
 def slide_of(test: ABTest, *, fresh: bool = False) -> HttpResponse:
-    drawn = charts.slide(report.report(test, now=timezone.now(), fresh=fresh))
+    drawn = charts.slide(kept_reports.look(test, now=timezone.now(), fresh=fresh))
     response = HttpResponse(drawn, content_type="image/png")
     name = f"abtest-{test.pk}.png"
     response.headers["Content-Disposition"] = content_disposition_header(as_attachment=False, filename=name)
@@ -563,7 +563,7 @@ class ABTestViewSet(AddOnly):
     @action(detail=True)
     def report(self, request: Request, pk: str) -> Response:
         """How a test stands, or how it ended: both arms, whether they can be compared, the decision, day by day."""
-        told = report.report(self.get_object(), now=timezone.now(), fresh=self._asks_fresh(request))
+        told = kept_reports.look(self.get_object(), now=timezone.now(), fresh=self._asks_fresh(request))
         return Response(ReportSerializer(told).data)
 
     @extend_schema(

@@ -21,7 +21,7 @@ from unfold.forms import BaseDialogForm
 from unfold.views import ChangeList
 from unfold.widgets import UnfoldAdminSelectWidget, UnfoldAdminTextareaWidget
 
-from apps.endpoints import abtests, report
+from apps.endpoints import abtests, kept_reports
 from apps.endpoints.abtests import ABTestError, ArmScore
 from apps.endpoints.admin import report_page
 from apps.endpoints.admin.history import HistoryAdmin, badge, dialog, done, link_to, share, table
@@ -181,7 +181,7 @@ class ABTestAdmin(HistoryAdmin):
     def report(self, request: HttpRequest, object_id: str) -> HttpResponse:
         test = self.existing(request, object_id)
         now, fresh = timezone.now(), _asks_fresh(request)
-        told = report.report(test, now=now, fresh=fresh)
+        told = kept_reports.look(test, now=now, fresh=fresh)
         context = {
             **self.admin_site.each_context(request),
             "title": f"{test.title}: report",

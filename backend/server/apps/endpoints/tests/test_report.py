@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,15 +12,13 @@ from io import StringIO
 
 import pytest
 from django.apps import apps
-from django.core.cache import cache
 from django.core.management import CommandError, call_command
 from django.db import IntegrityError, InternalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from apps.endpoints import abtests, charts, evidence
-from apps.endpoints import report as report_module
-from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLRequest, ShadowAnswer
+from apps.endpoints import abtests, charts, evidence, kept_reports
+from apps.endpoints.models import ABTest, Decision, FeedbackChange, KeptReport, MLRequest, ShadowAnswer
 from apps.endpoints.purge import running_tests_of
 from apps.endpoints.report import report as report_of
 from apps.endpoints.statistics import split_difference
@@ -236,12 +233,10 @@ class TestAReportOfALargeTest:
     @pytest.fixture
     def large(self, api, champion, challenger, monkeypatch) -> ABTest:
         """A test of ten requests, where that is many."""
-        cache.clear()
-        monkeypatch.setattr(report_module, "LARGE", 9)
+        monkeypatch.setattr(kept_reports, "LARGE", 9)
         test = begin(api, champion, challenger)
         log(test, champion, 10, 5)
-        yield test
-        cache.clear()
+        return test
 
     def test_is_shown_again_until_somebody_asks_for_a_fresh_one(self, api, champion, large):
         first = report(api, large)
@@ -290,24 +285,97 @@ class TestAReportOfALargeTest:
         page = admin_client.get(f"/admin/endpoints/abtest/{large.pk}/report/").content.decode()
         assert "How it ended:" in page and "Count anew" not in page
 
-    def test_is_kept_for_a_while_only(self, api, champion, large, monkeypatch):
-        monkeypatch.setattr(report_module, "KEPT_SECONDS", 0.01)
+    def test_is_told_without_reading_the_log(self, api, large):
         report(api, large)
-        log(large, champion, 10, 5)
-        time.sleep(0.02)
 
-        assert report(api, large)["champion"]["requests"] == 20
+        with CaptureQueriesContext(
+            connection,
+        ) as asked:
+            report(api, large)
+
+        assert not [query["sql"] for query in asked if "mlrequest" in query["sql"]]
+
+    def test_is_counted_by_who_looks_where_no_worker_has_done_so_for_long(self, champion, large):
+        now = timezone.now()
+        kept_reports.look(large, now=now)
+        log(large, champion, 10, 5)
+
+        assert kept_reports.look(large, now=now + timedelta(minutes=10))["as_of"] == now
+        later = kept_reports.look(large, now=now + timedelta(minutes=11))
+        assert (later["champion"]["requests"], later["as_of"]) == (20, now + timedelta(minutes=11))
 
     def test_gives_no_way_to_an_older_one_that_took_longer(self, large):
         now = timezone.now()
-        report_of(large, now=now, fresh=True)
-        report_of(large, now=now - timedelta(minutes=1), fresh=True)
+        kept_reports.look(large, now=now, fresh=True)
+        kept_reports.look(large, now=now - timedelta(minutes=1), fresh=True)
 
-        assert report_of(large, now=now + timedelta(minutes=1))["as_of"] == now
+        assert kept_reports.look(large, now=now + timedelta(minutes=1))["as_of"] == now
+
+    def test_is_counted_by_a_worker_before_anyone_looks(self, api, champion, large):
+        call_command("batch_worker", once=True)
+        log(large, champion, 10, 5)
+
+        assert report(api, large)["champion"]["requests"] == 10
+
+    def test_is_counted_anew_by_a_worker_every_few_minutes(self, champion, large):
+        now = timezone.now()
+
+        assert [kept_reports.keep_up(now + timedelta(minutes=minutes)) for minutes in range(12)] == [
+            *(1, 0, 0, 0, 0, 0),
+            *(1, 0, 0, 0, 0, 0),
+        ]
+
+    def test_is_counted_less_often_the_longer_it_takes(self, champion, large):
+        now = timezone.now()
+        kept_reports.keep_up(now)
+        KeptReport.objects.update(seconds=60)
+        log(large, champion, 10, 5)
+
+        assert [kept_reports.keep_up(now + timedelta(minutes=minutes)) for minutes in (6, 20, 21)] == [0, 0, 1]
+        KeptReport.objects.update(seconds=60)
+        shown = [kept_reports.look(large, now=now + timedelta(minutes=minutes))["as_of"] for minutes in (61, 62)]
+        assert shown == [now + timedelta(minutes=21), now + timedelta(minutes=62)]
+
+    def test_is_left_to_the_worker_that_counts_it(self, large):
+        now = timezone.now()
+        KeptReport.objects.create(abtest=large, begun_at=now)
+
+        assert kept_reports.keep_up(now + timedelta(minutes=5)) == 0
+        assert kept_reports.keep_up(now + timedelta(minutes=6)) == 1
+
+    def test_is_not_counted_by_a_worker_that_is_to_stop(self, large):
+        assert kept_reports.keep_up(timezone.now(), is_stopping=lambda: True) == 0
+
+    def test_is_counted_by_a_worker_once_it_has_ended_and_once_more_when_all_is_in(self, api, champion, large):
+        kept_reports.keep_up(timezone.now())
+        stop(api, large)
+        large.refresh_from_db()
+        ended = large.ended_at
+
+        minutes = [0.5, 1, 5, 6, 7, 60]
+        assert [kept_reports.keep_up(ended + timedelta(minutes=later)) for later in minutes] == [1, 0, 0, 1, 0, 0]
+
+        MLRequest.objects.filter(abtest=large).delete()
+        told = kept_reports.look(large, now=ended + timedelta(days=400))
+        assert (told["as_of"], told["ended_at"], told["champion"]["requests"]) == (ended, ended, 10)
+
+    def test_is_not_counted_by_workers_when_it_ended_long_ago(self, api, large):
+        stop(api, large)
+
+        assert kept_reports.keep_up(timezone.now() + timedelta(days=2)) == 0
+
+    def test_of_before_its_end_is_not_shown_after_it_though_it_was_counted_later(self, api, large):
+        running = ABTest.objects.get(pk=large.pk)
+        stop(api, large)
+        kept_reports.look(running, now=timezone.now() + timedelta(minutes=2), fresh=True)
+
+        assert report(api, large)["ended_at"] is not None
+        assert kept_reports.keep_up(timezone.now() + timedelta(minutes=10)) == 1
 
     def test_is_as_fresh_as_can_be_when_the_test_is_small(self, api, champion, challenger, large, monkeypatch):
-        monkeypatch.setattr(report_module, "LARGE", 10)
+        monkeypatch.setattr(kept_reports, "LARGE", 10)
         report(api, large)
+        assert kept_reports.keep_up(timezone.now()) == 0
         log(large, champion, 1, 1)
         assert report(api, large)["champion"]["requests"] == 11
         stop(api, large)

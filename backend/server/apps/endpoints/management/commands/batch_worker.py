@@ -5,13 +5,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from django.core.management.base import CommandParser
 from django.db import DatabaseError, InterfaceError, connection
 from django.utils import timezone
 
-from apps.endpoints import batch_jobs, shadow
+from apps.endpoints import batch_jobs, kept_reports, shadow
 from apps.endpoints.management.base import BaseCommand
 from apps.endpoints.models import BatchJob
 
@@ -19,6 +20,7 @@ logger = logging.getLogger("batch_worker")
 
 POLL_SECONDS = 1
 CLEAN_SECONDS = 600
+REPORTS_SECONDS = 60
 # How long a challenger may go on with one row when all is to end; what it says then is lost, and asked for again.
 GRACE_SECONDS = 5
 ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -26,8 +28,9 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 class Command(BaseCommand):
     help = (
-        "Score the files of batch jobs, one after the other, and beside them what the challengers of shadow tests have "
-        "to say of the requests that came, until it is told to stop. Start as many as you like."
+        "Score the files of batch jobs, one after the other; beside them follow shadow tests, whose challengers have "
+        "something to say of the requests that came, and count the reports of large tests, until it is told to stop. "
+        "Start as many as you like."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -43,11 +46,14 @@ class Command(BaseCommand):
             if once:
                 work(stopping, once=True)
                 follow_shadows(stopping, once=True)
+                keep_reports(stopping, once=True)
             else:
-                beside = threading.Thread(target=follow_shadows, args=[stopping], daemon=True)
-                beside.start()
+                # Nobody waits for a count to end: whoever comes next counts anew.
+                threading.Thread(target=keep_reports, args=[stopping], daemon=True).start()
+                shadows = threading.Thread(target=follow_shadows, args=[stopping], daemon=True)
+                shadows.start()
                 work(stopping, once=False)
-                beside.join(GRACE_SECONDS)
+                shadows.join(GRACE_SECONDS)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -90,22 +96,43 @@ def work(stopping: threading.Event, *, once: bool) -> None:
 
 
 def follow_shadows(stopping: threading.Event, *, once: bool = False) -> None:
-    """Let challengers score what came. A database that does not answer is waited for."""
+    """Let challengers score what came."""
     follower = shadow.Follower()
+
+    def follow() -> bool:
+        follower.follow(timezone.now(), stopping.is_set)
+        return follower.is_behind
+
+    _see_to("Shadow tests", follow, POLL_SECONDS, stopping, once)
+
+
+def keep_reports(stopping: threading.Event, *, once: bool = False) -> None:
+    """Count what takes long before somebody asks for it."""
+
+    def keep_up() -> bool:
+        kept_reports.keep_up(timezone.now(), stopping.is_set)
+        if not once:
+            connection.close()  # a minute is long for a connection that does nothing
+        return False
+
+    _see_to("Reports of large tests", keep_up, REPORTS_SECONDS, stopping, once)
+
+
+def _see_to(what: str, step: Callable[[], bool], pause: float, stopping: threading.Event, once: bool) -> None:
+    """Take step after step, at once while it says that more is to do. A database that does not answer is waited for."""
     while not stopping.is_set():
         try:
-            follower.follow(timezone.now(), stopping.is_set)
-            if follower.is_behind:
+            if step():
                 continue
             if once:
                 return
         except Exception as error:  # whatever it is, a test that runs for weeks is not to stand still
             if isinstance(error, (DatabaseError, InterfaceError)):
-                logger.error("Shadow tests wait for the database (%s); trying again.", str(error).strip())
+                logger.error("%s wait for the database (%s); trying again.", what, str(error).strip())
             else:
-                logger.exception("Shadow tests cannot be followed; trying again.")
+                logger.exception("%s cannot be seen to; trying again.", what)
             connection.close()
             if once:
                 raise
-        stopping.wait(POLL_SECONDS)
+        stopping.wait(pause)
     connection.close()
