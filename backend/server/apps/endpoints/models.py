@@ -407,10 +407,14 @@ class KeptReport(models.Model):
     """What was counted last of a large A/B test, for whoever looks next: see kept_reports."""
 
     abtest = models.OneToOneField(ABTest, on_delete=models.CASCADE, primary_key=True, related_name="kept_report")
-    begun_at = models.DateTimeField(null=True, help_text="When somebody last began to count.")
-    counted_at = models.DateTimeField(null=True, help_text="When the count began whose result is kept.")
-    seconds = models.FloatField(default=0, help_text="How long that took.")
+    # When a worker last began to count, and whether the test had ended by then.
+    begun_at = models.DateTimeField(null=True)
+    begun_after_end = models.BooleanField(default=False)
+    # When the count began whose result is kept, how long it took, and what it gave.
+    counted_at = models.DateTimeField(null=True)
+    seconds = models.FloatField(default=0)
     document = models.JSONField(null=True)
+    format = models.PositiveSmallIntegerField(null=True)
 
     class Meta:
         default_permissions = ()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from importlib import import_module
 from io import StringIO
 
 import pytest
 from django.apps import apps
 from django.core.management import CommandError, call_command
-from django.db import IntegrityError, InternalError, connection, transaction
+from django.db import IntegrityError, InternalError, OperationalError, connection, transaction
+from django.http import HttpResponse
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from apps.endpoints import abtests, charts, evidence, kept_reports
-from apps.endpoints.models import ABTest, Decision, FeedbackChange, KeptReport, MLRequest, ShadowAnswer
+from apps.endpoints.models import ABTest, Decision, Endpoint, FeedbackChange, KeptReport, MLRequest, ShadowAnswer
 from apps.endpoints.purge import running_tests_of
 from apps.endpoints.report import report as report_of
 from apps.endpoints.statistics import split_difference
@@ -311,19 +315,76 @@ class TestAReportOfALargeTest:
 
         assert kept_reports.look(large, now=now + timedelta(minutes=1))["as_of"] == now
 
+    def test_tells_the_same_when_it_was_kept(self, api, champion, challenger, large):
+        log(large, challenger, 190, 150)
+        log(large, champion, 180, 100)
+
+        def told(what: str, **query) -> HttpResponse:
+            return api.get(f"{ABTESTS}/{large.pk}/{what}", query)
+
+        assert told("report.png", fresh="true").content == told("report.png").content
+        fresh = told("report", fresh="true").json()
+        assert told("report").json() == fresh
+        assert fresh["difference"]["interval"]
+
+    def test_of_another_release_is_not_shown(self, api, champion, large):
+        report(api, large)
+        KeptReport.objects.update(format=kept_reports.FORMAT + 1, document={"of": "another form"})
+        log(large, champion, 10, 5)
+
+        assert report(api, large)["champion"]["requests"] == 20
+        stop(api, large)
+        assert kept_reports.keep_up(timezone.now() + timedelta(minutes=10))
+        KeptReport.objects.update(format=kept_reports.FORMAT + 1)
+        assert kept_reports.keep_up(timezone.now() + timedelta(minutes=20))
+
+    def test_has_the_form_that_its_number_stands_for(self, api, challenger, large):
+        """When this fails, raise FORMAT too: what an older release has kept calls things otherwise, or lacks them."""
+        log(large, challenger, 200, 150)
+        report(api, large)
+
+        names = sorted({*names_in(KeptReport.objects.get().document)})
+        assert (kept_reports.FORMAT, sha256(" ".join(names).encode()).hexdigest()[:8]) == (1, "08ee6eec")
+
+    def test_counted_by_a_clock_that_is_ahead_gives_way(self, api, champion, large):
+        now = timezone.now()
+        kept_reports.look(large, now=now + timedelta(days=300))
+        log(large, champion, 10, 5)
+
+        assert report(api, large)["champion"]["requests"] == 20
+        assert kept_reports.look(large, now=now + timedelta(minutes=1))["champion"]["requests"] == 20
+        KeptReport.objects.update(begun_at=now + timedelta(days=300))
+        assert kept_reports.keep_up(now)
+
+    def test_is_told_also_when_it_cannot_be_kept(self, api, large):
+        def refuse(execute, sql, *more):
+            if "keptreport" in sql and not sql.startswith("SELECT"):
+                raise OperationalError("attempt to write a readonly database")
+            return execute(sql, *more)
+
+        with connection.execute_wrapper(refuse):
+            assert report(api, large)["champion"]["requests"] == 10
+        assert not KeptReport.objects.exists()
+
+    def test_goes_not_back_in_time_when_the_log_is_purged(self, api, large):
+        report(api, large)
+        MLRequest.objects.filter(pk__in=MLRequest.objects.values("pk")[:5]).delete()
+
+        assert api.get(f"{ABTESTS}/{large.pk}/report", {"fresh": "true"}).json()["champion"]["requests"] == 5
+        assert report(api, large)["champion"]["requests"] == 5
+
     def test_is_counted_by_a_worker_before_anyone_looks(self, api, champion, large):
         call_command("batch_worker", once=True)
         log(large, champion, 10, 5)
 
         assert report(api, large)["champion"]["requests"] == 10
 
-    def test_is_counted_anew_by_a_worker_every_few_minutes(self, champion, large):
+    def test_is_counted_anew_by_a_worker_every_few_minutes(self, large):
         now = timezone.now()
 
-        assert [kept_reports.keep_up(now + timedelta(minutes=minutes)) for minutes in range(12)] == [
-            *(1, 0, 0, 0, 0, 0),
-            *(1, 0, 0, 0, 0, 0),
-        ]
+        counted = [kept_reports.keep_up(now + timedelta(minutes=minutes)) for minutes in range(12)]
+
+        assert [minute for minute, has in enumerate(counted) if has] == [0, 6]
 
     def test_is_counted_less_often_the_longer_it_takes(self, champion, large):
         now = timezone.now()
@@ -331,7 +392,8 @@ class TestAReportOfALargeTest:
         KeptReport.objects.update(seconds=60)
         log(large, champion, 10, 5)
 
-        assert [kept_reports.keep_up(now + timedelta(minutes=minutes)) for minutes in (6, 20, 21)] == [0, 0, 1]
+        counted = [kept_reports.keep_up(now + timedelta(minutes=minutes)) for minutes in (6, 20, 21)]
+        assert counted == [False, False, True]
         KeptReport.objects.update(seconds=60)
         shown = [kept_reports.look(large, now=now + timedelta(minutes=minutes))["as_of"] for minutes in (61, 62)]
         assert shown == [now + timedelta(minutes=21), now + timedelta(minutes=62)]
@@ -340,11 +402,54 @@ class TestAReportOfALargeTest:
         now = timezone.now()
         KeptReport.objects.create(abtest=large, begun_at=now)
 
-        assert kept_reports.keep_up(now + timedelta(minutes=5)) == 0
-        assert kept_reports.keep_up(now + timedelta(minutes=6)) == 1
+        assert not kept_reports.keep_up(now + timedelta(minutes=5))
+        assert kept_reports.keep_up(now + timedelta(minutes=6))
 
-    def test_is_not_counted_by_a_worker_that_is_to_stop(self, large):
-        assert kept_reports.keep_up(timezone.now(), is_stopping=lambda: True) == 0
+    @pytest.mark.parametrize("lately", [False, True])
+    def test_is_counted_by_one_of_two_workers_that_look_at_once(self, large, lately):
+        """The other one looks after this one has seen that it is due, and before it says that it counts."""
+        now = timezone.now()
+        if lately:
+            kept_reports.keep_up(now - timedelta(minutes=10))
+        counted = []
+
+        def after_another(execute, sql, *more):
+            if sql.startswith("UPDATE") and "keptreport" in sql and not counted:
+                counted.append(None)
+                counted.append(kept_reports.keep_up(now))
+            return execute(sql, *more)
+
+        with connection.execute_wrapper(after_another):
+            counted.append(kept_reports.keep_up(now))
+
+        assert counted == [None, True, False]
+
+    def test_that_fails_keeps_no_other_waiting(self, api, champion, challenger, large, monkeypatch):
+        other = ABTest.objects.create(
+            title="Fails",
+            parent_mlalgorithm_1=champion,
+            parent_mlalgorithm_2=challenger,
+            parent_endpoint=Endpoint.objects.create(name="other", owner="Ada"),
+            created_at=BEGAN,
+        )
+        log(other, champion, 10, 5)
+        counted = []
+
+        def count(execute, sql, *more):
+            if "TABLE evidence_asked AS" in sql:
+                counted.append(int(re.search(r"abtest_id = (\d+)", sql)[1]))
+                if counted[-1] == other.pk:
+                    raise OperationalError("It cannot be counted.")
+            return execute(sql, *more)
+
+        now = timezone.now()
+        with connection.execute_wrapper(count):
+            for minute in range(24):
+                with suppress(OperationalError):
+                    kept_reports.keep_up(now + timedelta(minutes=minute))
+
+        assert {*counted} == {large.pk, other.pk}
+        assert counted == counted[:2] * 4
 
     def test_is_counted_by_a_worker_once_it_has_ended_and_once_more_when_all_is_in(self, api, champion, large):
         kept_reports.keep_up(timezone.now())
@@ -352,30 +457,32 @@ class TestAReportOfALargeTest:
         large.refresh_from_db()
         ended = large.ended_at
 
-        minutes = [0.5, 1, 5, 6, 7, 60]
-        assert [kept_reports.keep_up(ended + timedelta(minutes=later)) for later in minutes] == [1, 0, 0, 1, 0, 0]
+        minutes = [-2, -1, 0.5, 1, 5, 6, 7, 60]
+        counted = [kept_reports.keep_up(ended + timedelta(minutes=later)) for later in minutes]
+        assert [minute for minute, has in zip(minutes, counted, strict=True) if has] == [-2, 5]
 
         MLRequest.objects.filter(abtest=large).delete()
         told = kept_reports.look(large, now=ended + timedelta(days=400))
         assert (told["as_of"], told["ended_at"], told["champion"]["requests"]) == (ended, ended, 10)
 
-    def test_is_not_counted_by_workers_when_it_ended_long_ago(self, api, large):
+    @pytest.mark.parametrize(("hours", "is_counted"), [(23, True), (25, False)])
+    def test_is_left_to_who_looks_when_it_ended_long_ago(self, api, large, hours, is_counted):
         stop(api, large)
 
-        assert kept_reports.keep_up(timezone.now() + timedelta(days=2)) == 0
+        assert kept_reports.keep_up(timezone.now() + timedelta(hours=hours)) is is_counted
 
     def test_of_before_its_end_is_not_shown_after_it_though_it_was_counted_later(self, api, large):
         running = ABTest.objects.get(pk=large.pk)
         stop(api, large)
-        kept_reports.look(running, now=timezone.now() + timedelta(minutes=2), fresh=True)
+        kept_reports.look(running, now=timezone.now() + timedelta(seconds=30), fresh=True)
 
         assert report(api, large)["ended_at"] is not None
-        assert kept_reports.keep_up(timezone.now() + timedelta(minutes=10)) == 1
+        assert kept_reports.keep_up(timezone.now() + timedelta(minutes=10))
 
     def test_is_as_fresh_as_can_be_when_the_test_is_small(self, api, champion, challenger, large, monkeypatch):
         monkeypatch.setattr(kept_reports, "LARGE", 10)
         report(api, large)
-        assert kept_reports.keep_up(timezone.now()) == 0
+        assert not kept_reports.keep_up(timezone.now())
         log(large, champion, 1, 1)
         assert report(api, large)["champion"]["requests"] == 11
         stop(api, large)
@@ -446,6 +553,16 @@ class TestThePicture:
             pictures = set(several.map(lambda _: charts.slide(told), range(8)))
 
         assert len(pictures) == 1
+
+
+def names_in(document: object, within: str = "") -> Iterator[str]:
+    if isinstance(document, dict):
+        for name, value in document.items():
+            yield f"{within}.{name}"
+            yield from names_in(value, f"{within}.{name}")
+    elif isinstance(document, list):
+        for value in document:
+            yield from names_in(value, within)
 
 
 def size_of(png: bytes) -> tuple[int, int]:

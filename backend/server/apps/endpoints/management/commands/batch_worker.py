@@ -28,9 +28,9 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 class Command(BaseCommand):
     help = (
-        "Score the files of batch jobs, one after the other; beside them follow shadow tests, whose challengers have "
-        "something to say of the requests that came, and count the reports of large tests, until it is told to stop. "
-        "Start as many as you like."
+        "Score the files of batch jobs, one after the other, until it is told to stop; and beside them what the "
+        "challengers of shadow tests have to say of the requests that came. Reports of large A/B tests are counted "
+        "before somebody asks for them. Start as many as you like."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -110,7 +110,8 @@ def keep_reports(stopping: threading.Event, *, once: bool = False) -> None:
     """Count what takes long before somebody asks for it."""
 
     def keep_up() -> bool:
-        kept_reports.keep_up(timezone.now(), stopping.is_set)
+        if kept_reports.keep_up(timezone.now()):
+            return True
         if not once:
             connection.close()  # a minute is long for a connection that does nothing
         return False
