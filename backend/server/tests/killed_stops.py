@@ -1,5 +1,7 @@
 """Stops of A/B tests that are held, or end by kill -9, each in a process of its own, and what they leave behind.
 
+So are requests, which are held before they are recorded.
+
 `serve` answers calls, a line of JSON each. This process has no connection to the database while it forks.
 """
 
@@ -18,7 +20,7 @@ from django.db import connection, connections, transaction
 from rest_framework.test import APIClient
 
 from apps.endpoints import lifecycle
-from apps.endpoints.models import ABTest, Decision, Endpoint, MLAlgorithmStatus
+from apps.endpoints.models import ABTest, Decision, Endpoint, MLAlgorithmStatus, MLRequest
 
 
 def serve() -> None:
@@ -60,7 +62,7 @@ def stop(test_id: int, kill_before: int | None = None) -> tuple[list[str], str |
     with told:
         lines = [json.loads(line) for line in told]
     os.waitpid(child, 0)
-    return [line["sql"] for line in lines if "sql" in line], lines[-1].get("answer")
+    return [line["sql"] for line in lines if "sql" in line], lines[-1].get("answer", {}).get("message")
 
 
 def stop_for(test_id: int, seconds: float) -> None:
@@ -74,14 +76,24 @@ def stop_for(test_id: int, seconds: float) -> None:
 
 def hold(test_id: int, before: str) -> int:
     """The process of a stop that waits before a statement that begins so."""
-    child, told = _fork(lambda told: _stop_and_die(test_id, told, hold_before=before))
+    return _held_process(lambda told: _stop_and_die(test_id, told, hold_before=before))
+
+
+def hold_request(path: str, customer: dict[str, Any]) -> int:
+    """The process of a request that waits before it is recorded."""
+    recording = f"INSERT INTO {connection.ops.quote_name(MLRequest._meta.db_table)}"
+    return _held_process(lambda told: _post_and_die(path, customer, told, hold_before=recording))
+
+
+def _held_process(do: Callable[[TextIO], None]) -> int:
+    child, told = _fork(do)
     _held[child] = told
     os.waitpid(child, os.WUNTRACED)
     return child
 
 
-def go_on(child: int) -> str:
-    """The message of a stop that was held."""
+def go_on(child: int) -> dict[str, Any]:
+    """The answer to what was held."""
     os.kill(child, signal.SIGCONT)
     with _held.pop(child) as told:
         *_, last = told
@@ -89,7 +101,7 @@ def go_on(child: int) -> str:
     return json.loads(last)["answer"]
 
 
-CALLS = {call.__name__: call for call in (prepare, state, stop, stop_for, hold, go_on)}
+CALLS = {call.__name__: call for call in (prepare, state, stop, stop_for, hold, hold_request, go_on)}
 _held: dict[int, TextIO] = {}
 
 
@@ -113,6 +125,16 @@ def _fork(do: Callable[[TextIO], None]) -> tuple[int, TextIO]:
 
 
 def _stop_and_die(test_id: int, told: TextIO, kill_before: int | None = None, hold_before: str | None = None) -> None:
+    _post_and_die(f"/api/v1/stop_ab_test/{test_id}", {}, told, kill_before, hold_before)
+
+
+def _post_and_die(
+    path: str,
+    body: dict[str, Any],
+    told: TextIO,
+    kill_before: int | None = None,
+    hold_before: str | None = None,
+) -> None:
     count = 0
     commit = connection.commit
 
@@ -135,6 +157,6 @@ def _stop_and_die(test_id: int, told: TextIO, kill_before: int | None = None, ho
 
     connection.commit = say_and_commit  # no statement to Django
     with connection.execute_wrapper(execute):
-        response = _client().post(f"/api/v1/stop_ab_test/{test_id}")
-    told.write(json.dumps({"answer": response.json()["message"]}) + "\n")
+        response = _client().post(path, body, format="json")
+    told.write(json.dumps({"answer": response.json()}) + "\n")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -474,7 +474,7 @@ def test_while_a_stop_counts_others_go_on_and_what_they_tell_is_dated_after_it(s
     shop.tell(outcomes(answers[:50], right=False))
     shop.ask(customers[300:400])
     meanwhile = shop.get(f"abtests/{test_id}/report")
-    assert killer("go_on", held).startswith("The test is stopped.")
+    assert killer("go_on", held)["message"].startswith("The test is stopped.")
 
     ended = shop.get(f"abtests/{test_id}/report")
     arms = "champion", "challenger"
@@ -483,6 +483,24 @@ def test_while_a_stop_counts_others_go_on_and_what_they_tell_is_dated_after_it(s
         assert {name: ended[arm][name] for name in COUNTED} == {name: before[arm][name] for name in COUNTED}
     by_accuracy = re.findall(r"(\d+) of (\d+) labelled requests right", ended["summary"])
     assert sum(int(right) for right, _ in by_accuracy) == sum(int(labelled) for _, labelled in by_accuracy) == 200
+    again = processes.manage("recompute_decision", str(test_id), env=shop.env)
+    assert again.stdout.startswith("The same as recorded")
+
+
+def test_a_stop_counts_who_was_answered_before_it_and_recorded_a_moment_later(shop, customers, killer):
+    test_id = shop.begin().json()["id"]
+    shop.ask(customers[:50])
+    killer("prepare", test_id)
+
+    held = killer("hold_request", PREDICT, customers[50])
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(shop.stop, test_id)
+        time.sleep(0.3)  # of the second that it waits
+        assert killer("go_on", held)["algorithm"] in (CHAMPION, CHALLENGER)
+        assert stopping.result().json()["message"].startswith("The test is stopped.")
+
+    decided = killer("state")["decisions"][-1]
+    assert sum(arm["requests"] for arm in decided["evidence"]["arms"]) == 51
     again = processes.manage("recompute_decision", str(test_id), env=shop.env)
     assert again.stdout.startswith("The same as recorded")
 
@@ -496,7 +514,7 @@ def test_a_stop_that_counts_while_another_ends_the_test_says_so(shop, customers,
     assert shop.stop(test_id).json()["message"].startswith("The test is stopped.")
     after = killer("state")
 
-    assert killer("go_on", held).startswith("The test had been stopped at")
+    assert killer("go_on", held)["message"].startswith("The test had been stopped at")
     assert killer("state") == after
 
 

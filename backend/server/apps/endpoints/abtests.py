@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
@@ -19,6 +20,11 @@ from apps.endpoints.models import ABTest, Decision, FeedbackChange, MLAlgorithm,
 from apps.endpoints.verdict import Judgement
 from apps.ml.artifacts import ArtifactError
 from apps.ml.registry import registry
+
+# How long after its date a request is committed at most, unless the database stands still; and of a test for whose
+# requests one need not wait, how long ago the last one came at least.
+RECORDING = timedelta(seconds=1)
+QUIET = timedelta(seconds=10)
 
 
 class ABTestError(Exception):
@@ -156,7 +162,8 @@ def evaluate(test: ABTest, *, by: str, now: datetime) -> tuple[Judgement, bool]:
 def recompute(decision: Decision) -> dict[str, tuple[Any, Any]]:
     """What of a decision differs, as recorded and as made now, when it is made again from the log.
 
-    Purged requests change it, and in the counts of customers those that were being answered in its moment.
+    Purged requests change it, and in the counts of customers those that were answered then and took longer than
+    RECORDING to be recorded.
     """
     found = evidence.gather(decision.abtest, decision.decided_at, as_it_stood=True, only_for_verdict=True)
     again = json_text.loads(json_text.dumps(verdict.record(found, verdict.judge(found))))
@@ -207,6 +214,7 @@ def _end(
         if test.ended_at:
             return test, None, False
         now = _count_until(test, now)
+    _let_answers_be_recorded(test, now)
     # Of a large test this takes seconds, in which nobody need wait.
     found = evidence.gather(test, now, as_it_stood=True, only_for_verdict=True)
     judgement = verdict.judge(found)
@@ -255,6 +263,13 @@ def _count_until(test: ABTest, now: datetime) -> datetime:
     test.counted_until = max(filter(None, (now, test.counted_until, *told)))
     test.save(update_fields=["counted_until"])
     return test.counted_until
+
+
+def _let_answers_be_recorded(test: ABTest, now: datetime) -> None:
+    """Requests are dated before they are committed, and a decision that did not see one could not be made again."""
+    newest = test.requests.order_by("-pk").values_list("created_at", flat=True).first()
+    if newest is not None and now - newest < QUIET:
+        time.sleep(RECORDING.total_seconds())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ logger = logging.getLogger("batch_worker")
 
 POLL_SECONDS = 1
 CLEAN_SECONDS = 600
-REPORTS_SECONDS = 60
+REPORTS_SECONDS = 10
 # How long a challenger may go on with one row when all is to end; what it says then is lost, and asked for again.
 GRACE_SECONDS = 5
 ENDING = (signal.SIGTERM, signal.SIGINT)
