@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 # Requests of a test, of more than which a report takes a second or longer (bench/evidence.py).
 LARGE = 100_000
-# How long workers leave a report as it is; longer where counting would take more than a share of their time.
+# How long workers leave a report as it is; longer where counting it would take more than this share of their time.
 INTERVAL = timedelta(minutes=5)
-MOST_OF_THE_TIME = 0.05
+SHARE_OF_TIME = 0.05
 # A request that a test has answered may be committed so long after its end; and clocks may differ by as much.
 SETTLED = timedelta(minutes=1)
 # Workers see to tests that ended since.
@@ -54,8 +54,9 @@ def keep_up(now: datetime) -> bool:
     recent = ABTest.objects.filter(Q(ended_at=None) | Q(ended_at__gt=now - LATELY))
     # One that fails comes last after that, and keeps no other waiting.
     longest_ago = F("kept_report__begun_at").asc(nulls_first=True)
-    for test in recent.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2").order_by(longest_ago, "pk"):
-        if _is_large(test) and _claim(test, now):
+    tests = recent.select_related("parent_mlalgorithm_1", "parent_mlalgorithm_2", "kept_report")
+    for test in tests.order_by(longest_ago, "pk"):
+        if (hasattr(test, "kept_report") or _is_large(test)) and _claim(test, now):
             told, seconds = _counted(test, now)
             _keep(test, told, seconds, now)
             logger.info("The report of A/B test %s, which is large, was counted in %.1f s.", test.pk, seconds)
@@ -105,7 +106,7 @@ def _is_recent(moment: datetime, now: datetime, interval: timedelta) -> bool:
 
 
 def _interval(kept: KeptReport) -> timedelta:
-    return max(INTERVAL, timedelta(seconds=kept.seconds / MOST_OF_THE_TIME))
+    return max(INTERVAL, timedelta(seconds=kept.seconds / SHARE_OF_TIME))
 
 
 def _is_final(kept: KeptReport) -> bool:

@@ -292,9 +292,7 @@ class TestAReportOfALargeTest:
     def test_is_told_without_reading_the_log(self, api, large):
         report(api, large)
 
-        with CaptureQueriesContext(
-            connection,
-        ) as asked:
+        with CaptureQueriesContext(connection) as asked:
             report(api, large)
 
         assert not [query["sql"] for query in asked if "mlrequest" in query["sql"]]

@@ -113,7 +113,7 @@ def keep_reports(stopping: threading.Event, *, once: bool = False) -> None:
         if kept_reports.keep_up(timezone.now()):
             return True
         if not once:
-            connection.close()  # a minute is long for a connection that does nothing
+            connection.close()  # PostgreSQL has a process for each, and this one does nothing most of the time
         return False
 
     _see_to("Reports of large tests", keep_up, REPORTS_SECONDS, stopping, once)
