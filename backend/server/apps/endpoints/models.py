@@ -12,6 +12,7 @@ from django.db.models import Max, OuterRef, Q, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
 
+from apps.endpoints.fields import JSONTextField
 from apps.ml.schema import MAX_KEY_LENGTH
 
 ENDPOINT_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
@@ -308,8 +309,8 @@ class RequestQuerySet(models.QuerySet["MLRequest"]):
 class MLRequest(models.Model):
     """One customer asked about: the question, the answer, and later the outcome."""
 
-    input_data = models.JSONField(editable=False)
-    full_response = models.JSONField(editable=False)
+    input_data = JSONTextField(editable=False)
+    full_response = JSONTextField(editable=False)
     response = models.CharField("label", max_length=16, editable=False)
     probability = models.FloatField(editable=False)
     feedback = models.CharField(

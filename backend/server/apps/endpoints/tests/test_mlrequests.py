@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from unittest.mock import ANY
 
 import pytest
+from django.core.management import call_command
+from django.db import DatabaseError, connection, transaction
 from django.utils import timezone
 
 from apps.endpoints.models import FeedbackChange, MLRequest
@@ -311,3 +313,26 @@ class TestOtherSpellings:
             'feedback must be "1" (the customer stayed, Churn = stayed) or "0" (the customer left, Churn = left), '
             "not 'maybe'."
         )
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_a_database_kept_as_json_reads_the_same_when_it_is_kept_as_text(api, answered):
+    told = api.get(answered).json()
+
+    def overwrite(text: str) -> None:
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("UPDATE endpoints_mlrequest SET input_data = %s", [text])
+
+    call_command("migrate", "endpoints", "0008", verbosity=0)
+    try:
+        with pytest.raises(DatabaseError):
+            overwrite("{")
+    finally:
+        call_command("migrate", verbosity=0)
+
+    assert api.get(answered).json() == told
+    overwrite('{"Age":  41}')
+    assert api.get(answered).json()["input_data"] == {"Age": 41}
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT input_data FROM endpoints_mlrequest")
+        assert cursor.fetchall() == [('{"Age":  41}',)]
