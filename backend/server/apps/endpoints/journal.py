@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from functools import cache
-from itertools import chain, repeat
+from itertools import chain
+from operator import add
 from typing import Any, NamedTuple
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, models, transaction
@@ -205,20 +206,19 @@ def insert(requests: Sequence[NewRequest]) -> list[int]:
 
 def prepared_in_bulk(requests: NewRequests) -> list[Row] | list[str]:
     """What `insert_in_bulk` takes. Needs no connection, so that another thread can make it."""
-    rows = list(
-        zip(
-            requests.input_data,
-            requests.full_response,
-            requests.response,
-            requests.probability,
-            repeat(connection.ops.adapt_datetimefield_value(requests.created_at)),
-            repeat(requests.latency_ms),
-            requests.customer_key,
-            repeat(requests.parent_mlalgorithm_id),
-            repeat(None),
-        )
-    )
-    return _copied(rows) if connection.vendor == "postgresql" else rows
+    count = len(requests.input_data)
+    columns = [
+        requests.input_data,
+        requests.full_response,
+        requests.response,
+        requests.probability,
+        [connection.ops.adapt_datetimefield_value(requests.created_at)] * count,
+        [requests.latency_ms] * count,
+        requests.customer_key,
+        [requests.parent_mlalgorithm_id] * count,
+        [None] * count,
+    ]
+    return _copied(columns) if connection.vendor == "postgresql" else list(zip(*columns, strict=True))
 
 
 def insert_in_bulk(prepared: list[Row] | list[str], told: Callable[[Sequence[int]], object]) -> None:
@@ -242,10 +242,10 @@ def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
         return _insert_one_by_one(rows, are_conditional)
     are_many = len(rows) > SHARED_ROWS and not are_conditional
     with transaction.atomic():
+        if are_many and connection.vendor == "postgresql":
+            return _copy_with_ids_drawn_first(_copied([*zip(*rows, strict=True)]))
         if connection.vendor == "postgresql":
-            return (
-                _copy_with_ids_drawn_first(_copied(rows)) if are_many else _insert_in_a_pipeline(rows, are_conditional)
-            )
+            return _insert_in_a_pipeline(rows, are_conditional)
         if are_many and connection.vendor == "sqlite":
             return list(_insert_many_by_a_statement(rows))
         return _insert_one_by_one(rows, are_conditional)
@@ -317,18 +317,17 @@ def _copy_with_ids_drawn_first(
         (ids,) = cursor.fetchone()
         told(ids)
         with connection.wrap_database_errors, cursor.copy(f"COPY {_table_and_columns('id')} FROM STDIN") as copy:
-            copy.write("".join(chain.from_iterable(zip(map(str, ids), lines, strict=True))))
+            copy.write("\n".join([*map(add, map(str, ids), lines), ""]))
     return ids
 
 
-def _copied(rows: Sequence[Row]) -> list[str]:
-    """Rows as PostgreSQL's COPY reads them, each but for the id at its beginning."""
-    columns = [_copied_values(column) for column in zip(*rows, strict=True)]
-    return [f"\t{line}\n" for line in map("\t".join, zip(*columns, strict=True))]
+def _copied(columns: Sequence[Sequence[Any]]) -> list[str]:
+    """The lines of the rows of some columns as PostgreSQL's COPY reads them, each but for the id at its beginning."""
+    return list(map("\t".join, zip([""] * len(columns[0]), *map(_copied_values, columns), strict=True)))
 
 
 def _copied_values(column: Sequence[Any]) -> list[str]:
-    if column.count(column[0]) == len(column):  # most have one value for all rows
+    if column and column.count(column[0]) == len(column):  # most have one value for all rows
         return [_copied_value(column[0])] * len(column)
     if None not in column:
         texts = list(map(str, column))
