@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import django.db
@@ -96,8 +96,7 @@ class Choice:
         return self.traffic.test_id if self.traffic else None
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What one customer's request was answered with, as it was recorded."""
 
     request_id: int
@@ -293,8 +292,7 @@ def score(
     return [_answer(pk, scored) for pk, scored in zip(ids, in_order, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Scored:
+class _Scored(NamedTuple):
     """What an algorithm answers, not recorded yet. failure: why the challenger, whose customer it is, does not."""
 
     algorithm: MLAlgorithm
@@ -348,7 +346,7 @@ def _scored_in_test(
         try:
             found += of_challenger([row])
         except Exception as error:
-            found.append(replace(of_champion, failure=failure_of(error)))
+            found.append(of_champion._replace(failure=failure_of(error)))
     return found
 
 
@@ -401,6 +399,7 @@ def _scored(
     results = classifier.compute_prediction(rows)
     keys = _customer_keys(schema, rows, told_key)
     elapsed_ms = (time.perf_counter() - began) * 1000
+    algorithm_id = algorithm.pk
     return [
         NewRequest(
             input_data=schema.features_of(row),
@@ -410,7 +409,7 @@ def _scored(
             created_at=now,
             latency_ms=elapsed_ms,
             customer_key=key,
-            parent_mlalgorithm_id=algorithm.pk,
+            parent_mlalgorithm_id=algorithm_id,
             abtest_id=test_id,
         )
         for row, result, key in zip(rows, results, keys, strict=True)

@@ -275,8 +275,11 @@ class Schema:
         return frozenset([self.target.name, *self.dropped, *([self.identifier] if self.identifier else [])])
 
     def features_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The feature values of a row as they were sent."""
-        return {name: value for name, value in row.items() if name in self._columns_by_name}
+        """The feature values, as they were sent, of a row that `align` takes."""
+        features = dict(row)
+        for name in self.ignored:
+            features.pop(name, None)
+        return features
 
     def customer_key(self, row: Mapping[str, Any], missing: frozenset[str] = frozenset()) -> str:
         """The row's identifier as text, "" when it has none, or one spelled as in `missing`.
@@ -284,13 +287,13 @@ class Schema:
         Raises ValueError with a sentence.
         """
         value = row.get(self.identifier) if self.identifier else None
-        if value is None or (isinstance(value, str) and value.strip() in missing):
+        if value is None:
             return ""
+        if isinstance(value, str):
+            return "" if value.strip() in missing else checked_key(value, self.identifier)
         if isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf:
-            value = str(int(value) if value == int(value) else value)
-        if not isinstance(value, str):
-            raise ValueError(f"{self.identifier} expects text or a number, got {_shown(value)}")
-        return checked_key(value, self.identifier)
+            return checked_key(str(int(value) if value == int(value) else value), self.identifier)
+        raise ValueError(f"{self.identifier} expects text or a number, got {_shown(value)}")
 
     def parse_text(
         self, rows: Sequence[Mapping[str, str]], missing: frozenset[str] = MISSING_IN_FORMS
@@ -370,7 +373,7 @@ class Schema:
             problems += self._row_problems(index, row, suggest=len(problems) < _SUGGESTIONS)
             if len(problems) > _PROBLEMS:
                 raise InputError(problems)
-        rows = [row if isinstance(row, Mapping) else {} for row in rows]
+        rows = [row if type(row) is dict or isinstance(row, Mapping) else {} for row in rows]
         return self._aligned(len(rows), ([row.get(name) for row in rows] for name in self.names), problems)
 
     def align_table(self, frame: pd.DataFrame) -> AlignedRows:
@@ -455,7 +458,7 @@ class Schema:
         return np.array([column.encode(column.mode) for column in self.columns])
 
     def _row_problems(self, index: int, row: Any, *, suggest: bool = True) -> list[Problem]:
-        if not isinstance(row, Mapping):
+        if type(row) is not dict and not isinstance(row, Mapping):  # asked in this order, it takes a tenth of the time
             return [Problem(None, f"each customer is an object of column names and values, got {_shown(row)}", index)]
         if not row.keys() <= self._known:
             unknown = islice((name for name in row if name not in self._known), _PROBLEMS)

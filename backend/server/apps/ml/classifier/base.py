@@ -148,7 +148,7 @@ class RetentionClassifier:
         were filled or not recognised. Raises InputError for bad input, ArtifactError for a bad model.
         """
         aligned = self.preprocessing(input_data)
-        answers = [self.postprocessing(row) for row in self.predict(aligned)]
+        answers = self.answers(self.predict(aligned))
         for answer, warnings in zip(answers, aligned.warnings, strict=True):
             if warnings:
                 answer["warnings"] = warnings
