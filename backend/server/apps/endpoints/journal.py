@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from datetime import datetime
 from functools import cache
 from itertools import chain
-from operator import add
 from typing import Any, NamedTuple
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, models, transaction
@@ -317,7 +316,7 @@ def _copy_with_ids_drawn_first(
         (ids,) = cursor.fetchone()
         told(ids)
         with connection.wrap_database_errors, cursor.copy(f"COPY {_table_and_columns('id')} FROM STDIN") as copy:
-            copy.write("\n".join([*map(add, map(str, ids), lines), ""]))
+            copy.write("\n".join([*(pk + line for pk, line in zip(map(str, ids), lines, strict=True)), ""]))
     return ids
 
 

@@ -4,6 +4,7 @@ import apps.endpoints.fields
 
 TABLE = 'endpoints_mlrequest'
 NAMES = ('full_response', 'input_data')
+CHECK = ' CHECK ((JSON_VALID("{0}") OR "{0}" IS NULL))'
 
 
 def change_type(schema_editor, type):
@@ -17,19 +18,24 @@ def edit_table(schema_editor, replaced):
     with schema_editor.connection.cursor() as cursor:
         cursor.execute('PRAGMA schema_version')
         (version,) = cursor.fetchone()
-        cursor.execute('PRAGMA writable_schema = ON')
+        cursor.execute("SELECT sql FROM sqlite_master WHERE type = 'table' AND name = %s", [TABLE])
+        (sql,) = cursor.fetchone()
         for name in NAMES:
-            cursor.execute(
-                "UPDATE sqlite_master SET sql = replace(sql, %s, %s) WHERE type = 'table' AND name = %s",
-                [*replaced(name), TABLE],
-            )
-        cursor.execute(f'PRAGMA schema_version = {version + 1}')
-        cursor.execute('PRAGMA writable_schema = OFF')
+            old, new = replaced(name)
+            if sql.count(old) != 1 or CHECK.format(name) in sql.replace(old, ''):
+                raise RuntimeError(f'{TABLE}.{name} is not laid out as expected, and was left alone: {sql}')
+            sql = sql.replace(old, new)
+        cursor.execute('PRAGMA writable_schema = ON')
+        try:
+            cursor.execute("UPDATE sqlite_master SET sql = %s WHERE type = 'table' AND name = %s", [sql, TABLE])
+            cursor.execute(f'PRAGMA schema_version = {version + 1}')
+        finally:
+            cursor.execute('PRAGMA writable_schema = OFF')  # of the connection: no rollback ends it
 
 
 def without_and_with_check(name):
     text = f'"{name}" text NOT NULL'
-    return text, f'{text} CHECK ((JSON_VALID("{name}") OR "{name}" IS NULL))'
+    return text, text + CHECK.format(name)
 
 
 def to_text(apps, schema_editor):
@@ -53,8 +59,9 @@ class Migration(migrations.Migration):
     ]
 
     operations = [
+        # By itself: within the other, sqlmigrate would run it instead of printing.
+        migrations.RunPython(to_text, to_json),
         migrations.SeparateDatabaseAndState(
-            database_operations=[migrations.RunPython(to_text, to_json)],
             state_operations=[
                 migrations.AlterField('mlrequest', name, apps.endpoints.fields.JSONTextField(editable=False))
                 for name in NAMES

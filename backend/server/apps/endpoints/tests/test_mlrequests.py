@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from datetime import UTC, datetime, timedelta
+from io import StringIO
 from unittest.mock import ANY
 
 import pytest
@@ -336,3 +337,22 @@ def test_what_a_database_kept_as_json_reads_the_same_when_it_is_kept_as_text(api
     with connection.cursor() as cursor:
         cursor.execute("SELECT input_data FROM endpoints_mlrequest")
         assert cursor.fetchall() == [('{"Age":  41}',)]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_printing_a_migration_changes_nothing(api, answered):
+    def overwrite() -> None:
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("UPDATE endpoints_mlrequest SET input_data = '{'")
+
+    call_command("sqlmigrate", "endpoints", "0009", backwards=True, stdout=StringIO())
+    overwrite()
+    MLRequest.objects.update(input_data={})
+    call_command("migrate", "endpoints", "0008", verbosity=0)
+    try:
+        call_command("sqlmigrate", "endpoints", "0009", stdout=StringIO())
+        with pytest.raises(DatabaseError):
+            overwrite()
+    finally:
+        call_command("migrate", verbosity=0)
+    overwrite()
