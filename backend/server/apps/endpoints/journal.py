@@ -240,11 +240,11 @@ def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
     if len(rows) == 1:  # a statement by itself is one
         return _insert_one_by_one(rows, are_conditional)
     are_many = len(rows) > SHARED_ROWS and not are_conditional
+    if connection.vendor == "postgresql" and not are_many:
+        return _insert_in_a_pipeline(rows, are_conditional)
     with transaction.atomic():
-        if are_many and connection.vendor == "postgresql":
-            return _copy_with_ids_drawn_first(_copied([*zip(*rows, strict=True)]))
         if connection.vendor == "postgresql":
-            return _insert_in_a_pipeline(rows, are_conditional)
+            return _copy_with_ids_drawn_first(_copied([*zip(*rows, strict=True)]))
         if are_many and connection.vendor == "sqlite":
             return list(_insert_many_by_a_statement(rows))
         return _insert_one_by_one(rows, are_conditional)
@@ -288,16 +288,12 @@ def _insert_many_statement(rows: int) -> Statement:
 
 
 def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | None]:
-    """A statement for each row, and so an id for each, sent at once instead of one after the answer to the other."""
-    from psycopg import Cursor  # only there with PostgreSQL
+    """A statement for each row, and so an id for each, sent at once instead of one after the answer to the other.
 
-    ids = []
-    with connection.wrap_database_errors, Cursor(connection.connection) as cursor:
-        cursor.executemany(_insert_sql(are_conditional), rows, returning=True)
-        for _ in rows:
-            ids.append(_id(cursor.fetchone()))
-            cursor.nextset()
-    return ids
+    PostgreSQL takes what is sent at once for one transaction, unless there is one already.
+    """
+    statement = _insert_statement(are_conditional)
+    return [_id(found) for found in statement.first_rows_on_postgresql(connections[DEFAULT_DB_ALIAS], rows)]
 
 
 def _copy_with_ids_drawn_first(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from operator import methodcaller
 from typing import Any
@@ -34,6 +35,32 @@ class Statement:
 
     def first_row(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> Sequence[Any] | None:
         return self._run(database, parameters, _fetched)
+
+    def first_rows_on_postgresql(
+        self, database: BaseDatabaseWrapper, parameters: Sequence[Sequence[Any]]
+    ) -> list[Sequence[Any] | None]:
+        """The first row for each set of parameters: all sent before any is waited for, and done or undone together."""
+        from psycopg import Cursor  # only there with PostgreSQL
+
+        database.ensure_connection()
+        database.validate_no_broken_transaction()
+        driver = database.connection
+        with database.wrap_database_errors, ExitStack() as cursors:
+            asked = [cursors.enter_context(Cursor(driver)) for _ in parameters]
+            try:
+                # Not driver.transaction(), which waits for the answers to BEGIN and to COMMIT.
+                with driver.pipeline():
+                    if not database.in_atomic_block:
+                        driver.execute("BEGIN")
+                    for cursor, values in zip(asked, parameters, strict=True):
+                        cursor.execute(self._sql, values, prepare=True)
+                    if not database.in_atomic_block:
+                        driver.execute("COMMIT")
+            except BaseException:
+                if not database.in_atomic_block:
+                    driver.rollback()
+                raise
+            return [cursor.fetchone() for cursor in asked]
 
     def last_id(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> int | None:
         """The id of the row that it inserted, as drivers tell it who have no RETURNING; None if it inserted none."""

@@ -12,6 +12,7 @@ from django.core.management import call_command
 from django.db import DatabaseError, connection, transaction
 from django.utils import timezone
 
+from apps.endpoints.journal import NewRequest, journal
 from apps.endpoints.models import FeedbackChange, MLRequest
 from apps.ml.registry import registry
 from conftest import make_customers
@@ -356,3 +357,23 @@ def test_printing_a_migration_changes_nothing(api, answered):
     finally:
         call_command("migrate", verbosity=0)
     overwrite()
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("broken", ["a\0b", "\ud800", "a" * 201, None])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_of_rows_that_are_recorded_together_none_is_if_one_cannot_be(algorithms, broken, place):
+    keys = ["a", "b", "c"]
+    keys[place] = broken
+    algorithm = algorithms["random_forest"].pk
+    rows = [NewRequest({}, {}, "1", 0.5, timezone.now(), 1.0, key, algorithm, None) for key in keys]
+
+    try:
+        journal.record(rows)
+    except (DatabaseError, ValueError):
+        written = 0
+    else:
+        written = 3
+    assert written == (3 if connection.vendor == "sqlite" and broken in ("a\0b", "a" * 201) else 0)
+    assert MLRequest.objects.count() == written
+    assert journal.record([row._replace(customer_key="d") for row in rows])
