@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from django.core.handlers.wsgi import WSGIRequest
 from django.core.signals import request_finished, request_started
 from django.db import close_old_connections
+from django.http import HttpResponse
 from rest_framework.test import APIClient
 
 from apps.endpoints.models import MLAlgorithm, MLAlgorithmStatus
@@ -92,10 +94,12 @@ def api(settings) -> APIClient:
     return APIClient()
 
 
-@pytest.fixture
-def application(db) -> Callable[..., list[bytes]]:
-    """The WSGI application. Like Django's own test client it leaves the test's database connection open."""
-    handler = Handler()
+Application = Callable[..., list[bytes]]
+
+
+def make_application(handler: Handler | None = None) -> Application:
+    """A WSGI application. Like Django's own test client it leaves the test's database connection open."""
+    handler = handler or Handler()
 
     def answer(environ: dict[str, object], start_response: Callable[..., object]) -> list[bytes]:
         moments = (request_started, request_finished)
@@ -113,7 +117,27 @@ def application(db) -> Callable[..., list[bytes]]:
 
 
 @pytest.fixture
-def wsgi(api: APIClient, application: Callable[..., list[bytes]]) -> Callable[..., tuple[int, dict]]:
+def application(db) -> Application:
+    return make_application()
+
+
+class AsServed:
+    """What a test client may have as its handler: its requests come to the application as from a server."""
+
+    def __init__(self, application: Application):
+        self._application = application
+
+    def __call__(self, environ: dict[str, object]) -> HttpResponse:
+        told: list[tuple[str, list[tuple[str, str]]]] = []
+        content = b"".join(self._application(environ, lambda *heads: told.append(heads)))
+        ((status, headers),) = told
+        response = HttpResponse(content, status=int(status.split()[0]), headers=dict(headers))
+        response.wsgi_request = WSGIRequest(environ)
+        return response
+
+
+@pytest.fixture
+def wsgi(api: APIClient, application: Application) -> Callable[..., tuple[int, dict]]:
     """Send a request as a server hands it to the application, headers and body as broken as they may be."""
 
     def send(body: bytes = b"", **environ: str) -> tuple[int, dict]:

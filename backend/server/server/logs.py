@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -53,6 +54,15 @@ def info(logger: logging.Logger, event: str, **values: Any) -> None:
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         line = {**values, "event": event, "level": "info", "logger": logger.name, "timestamp": now}
         _pass_on(logger, logging.INFO, line)
+
+
+_requests = logging.getLogger("requests")
+
+
+def request(method: str, path: str, status: int, began: float) -> None:
+    """The line of an answered request. began: by `time.perf_counter`."""
+    ms = round((time.perf_counter() - began) * 1000, 1)
+    info(_requests, "request", method=method, path=path, status=status, ms=ms)
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):

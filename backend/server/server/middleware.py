@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import re
 import threading
 import time
@@ -19,8 +18,6 @@ from django.middleware.clickjacking import XFrameOptionsMiddleware
 from django.middleware.security import SecurityMiddleware
 
 from server import health, logs
-
-log = logging.getLogger("requests")
 
 Handler = Callable[[HttpRequest], HttpResponse]
 
@@ -73,14 +70,7 @@ class RequestLog:
     def __call__(self, request: HttpRequest) -> HttpResponse:
         began = time.perf_counter()
         response = self.get_response(request)
-        logs.info(
-            log,
-            "request",
-            method=request.method,
-            path=_loggable_path(request, response),
-            status=response.status_code,
-            ms=round((time.perf_counter() - began) * 1000, 1),
-        )
+        logs.request(request.method, _loggable_path(request, response), response.status_code, began)
         return response
 
 

@@ -60,6 +60,7 @@ INSTALLED_APPS = [
     "drf_spectacular_sidecar",
     "apps.endpoints",
 ]
+# A prediction like one before passes them all: server.handler says on what they look there.
 MIDDLEWARE = [
     "server.middleware.Drained",
     "server.middleware.RequestLog",

@@ -102,8 +102,13 @@ class Journal:
         return self._settled(_Entry(prepared(requests), are_conditional=False))
 
     def can_record_if(self) -> bool:
-        """Whether this thread's connection is one on which `record_if` works, and open as far as can be seen."""
+        """Whether this thread's connection is one on which `record_if` works, and open as far as can be seen.
+
+        One that has failed or served its time is closed first, as Django does it before it handles a request.
+        """
         database = connections[DEFAULT_DB_ALIAS]
+        if not database.in_atomic_block:
+            database.close_if_unusable_or_obsolete()
         return database.vendor == "sqlite" or (database.vendor == "postgresql" and not was_dropped(database))
 
     def record_if(self, premise: Premise, request: NewRequest) -> int | None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from django.conf import settings
-from django.core.exceptions import SuspiciousOperation
 from django.core.files.uploadhandler import MemoryFileUploadHandler
-from django.db import DatabaseError, InterfaceError
 from django.http import Http404, HttpRequest, HttpResponse, QueryDict, StreamingHttpResponse
 from django.urls import reverse
 from django.utils import timezone
@@ -26,7 +24,7 @@ from drf_spectacular.utils import (
 )
 from rest_framework import mixins, viewsets
 from rest_framework.decorators import action
-from rest_framework.exceptions import APIException, ParseError, UnsupportedMediaType, ValidationError
+from rest_framework.exceptions import ParseError, UnsupportedMediaType, ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -90,6 +88,8 @@ from apps.ml.registry import DEFAULT_ENDPOINT
 
 ID = "[0-9]{1,18}"
 MOST_ERRORS = 1_000
+# Where the environment of a request says how the short way failed.
+FAILURE = "retention.failure"
 BAD_REQUEST = OpenApiResponse(ErrorSerializer, description="What is wrong, and what to do.")
 UNAVAILABLE = OpenApiResponse(ErrorSerializer, description="The model cannot answer now, and why.")
 
@@ -120,8 +120,17 @@ def _wanted(query_string: str) -> Wanted:
     return WantedSerializer(data=QueryDict(query_string.encode("latin-1"))).wanted()
 
 
-def _json(body: Any, headers: Mapping[str, str] | None = None) -> HttpResponse:
-    return HttpResponse(json_text.dumps(body).encode(), content_type="application/json", headers=headers)
+def _json_object(text: bytes) -> dict[str, Any] | None:
+    """None if it is anything else, or no JSON."""
+    with suppress(ValueError, RecursionError):
+        found = json_text.loads(text)
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def _json(body: Any) -> HttpResponse:
+    return HttpResponse(json_text.dumps(body).encode(), content_type="application/json")
 
 
 def _announced_bytes(request: HttpRequest | Request) -> int:
@@ -131,9 +140,9 @@ def _announced_bytes(request: HttpRequest | Request) -> int:
         raise ParseError("The header Content-Length is no number.") from None
 
 
-def _told_key(request: HttpRequest | Request) -> str:
+def _told_key(environ: Mapping[str, Any]) -> str:
     """The customer's key in the header, which WSGI gives as Latin-1 whatever it is."""
-    key = request.META.get("HTTP_X_CUSTOMER_KEY", "")
+    key = environ.get("HTTP_X_CUSTOMER_KEY", "")
     return key if key.isascii() else key.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
@@ -262,53 +271,37 @@ class MLRequestViewSet(Api, viewsets.ReadOnlyModelViewSet):
 class PredictView(Api, APIView):
     """Will this customer stay? One object in, one answer out; a list in, a list out, in its order."""
 
-    def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
-        self._failure: DatabaseError | InterfaceError | None = None
-        try:
-            answer = self._at_once(request, **kwargs)
-        except (DatabaseError, InterfaceError) as error:
-            answer, self._failure = None, error
-        return answer or super().dispatch(request, *args, **kwargs)
-
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
-        if self._failure:  # told as any other, and not tried again: the answer may have been recorded
-            raise self._failure
+        if failure := request.META.get(FAILURE):
+            raise failure
 
-    def _at_once(self, request: HttpRequest, endpoint_name: str) -> HttpResponse | None:
-        """The answer to one customer in JSON from a caller who is known; None to whatever else, and to any doubt.
+    @classmethod
+    def answer_again(cls, endpoint_name: str, wanted: Wanted, environ: dict[str, Any], body: bytes) -> bytes | None:
+        """The short way: the answer to one customer of a caller who is known, or None in any doubt.
 
-        What is asked most goes without the objects that DRF makes for each request. Where this view is given other
-        ways to authenticate, permissions or throttles, those decide, and all goes by DRF.
+        For a call that is like one that this view answered. What is asked most goes without the objects that Django and
+        DRF make for each request; after None, it comes by Django. Where this view is given other ways to authenticate,
+        permissions or throttles, those decide, and all goes by DRF.
         """
-        headers = request.META
         if (
-            request.method != "POST"
-            or headers.get("CONTENT_TYPE") != "application/json"
-            or "HTTP_TRANSFER_ENCODING" in headers
-            or self.throttle_classes
-            or self.authentication_classes != [TokenAuthentication]
-            or self.permission_classes != [TokenUnlessDebug]
+            cls.throttle_classes
+            or cls.authentication_classes != [TokenAuthentication]
+            or cls.permission_classes != [TokenUnlessDebug]
         ):
             return None
-        token_digest = known_token(headers.get("HTTP_AUTHORIZATION", ""))
-        if token_digest is None:
-            return None
         try:
-            announced = _announced_bytes(request)
-            if announced > self.max_bytes():
+            token_digest = known_token(environ.get("HTTP_AUTHORIZATION", ""))
+            customer = token_digest and _json_object(body)
+            if not customer:
                 return None
-            body = request.body
-            if len(body) < announced or not body.startswith(b"{"):
-                return None
-            customer = json_text.loads(body)
-            wanted = _wanted(headers.get("QUERY_STRING", ""))
-        except (ValueError, RecursionError, APIException, SuspiciousOperation):
+            answer = prediction.predict_from_memory(
+                endpoint_name, customer, wanted, token_digest, now=timezone.now(), customer_key=_told_key(environ)
+            )
+        except Exception as error:  # told as any other, and not tried again: the answer may have been recorded
+            environ[FAILURE] = error
             return None
-        answer = prediction.predict_from_memory(
-            endpoint_name, customer, wanted, token_digest, now=timezone.now(), customer_key=_told_key(request)
-        )
-        return answer and _json(answer.as_json(), {"Allow": "POST, OPTIONS"})
+        return answer and json_text.dumps(answer.as_json()).encode()
 
     @extend_schema(
         parameters=[
@@ -344,10 +337,14 @@ class PredictView(Api, APIView):
         if not rows:
             raise ParseError("The list is empty; send at least one customer.")
         answers = prediction.predict(
-            endpoint_name, rows, wanted, now=timezone.now(), as_text=is_form, customer_key=_told_key(request)
+            endpoint_name, rows, wanted, now=timezone.now(), as_text=is_form, customer_key=_told_key(request.META)
         )
-        body = [answer.as_json() for answer in answers] if is_list else answers[0].as_json()
-        return _json(body)
+        if is_list:
+            return _json([answer.as_json() for answer in answers])
+        response = _json(answers[0].as_json())
+        if request.META.get("CONTENT_TYPE") == "application/json":
+            response.answer_again = partial(self.answer_again, endpoint_name, wanted)  # for the server's handler
+        return response
 
 
 class FilesApi(Api):

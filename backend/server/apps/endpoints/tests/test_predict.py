@@ -15,7 +15,7 @@ from knox.models import AuthToken
 from apps.endpoints.models import Endpoint, MLAlgorithm, MLRequest
 from apps.ml.classifier.random_forest import RandomForestClassifier
 from apps.ml.registry import DEFAULT_ENDPOINT, registry
-from conftest import make_customers
+from conftest import AsServed, make_application, make_customers
 
 PREDICT = "/api/v1/classifier/predict"
 PRODUCTION = f"{PREDICT}?status=production"
@@ -32,13 +32,16 @@ def api(api, db, is_known):
     if is_known:
         _, token = AuthToken.objects.create(User.objects.create_superuser("ann"))
         api.credentials(HTTP_AUTHORIZATION=f"Token {token}")
-        assert api.get("/api/v1/endpoints").status_code == 200
+        api.handler = AsServed(make_application())
     return api
 
 
 @pytest.fixture
-def algorithms(algorithms):
+def algorithms(algorithms, api, customer, is_known):
     registry.served(DEFAULT_ENDPOINT)
+    if is_known:
+        assert [api.post(path, customer).status_code for path in (PREDICT, PRODUCTION)] == [200, 200]
+        MLRequest.objects.all().delete()
     return algorithms
 
 
@@ -328,9 +331,9 @@ class TestWhatIsLogged:
             with connection.cursor() as cursor:
                 cursor.execute("SELECT statement FROM pg_prepared_statements")
                 prepared = [statement for (statement,) in cursor.fetchall()]
-            # What serves, and the answer; before, who asks.
-            assert len(prepared) == (3 if is_known else 2)
-            assert sum(statement.startswith("INSERT") for statement in prepared) == 1
+            # What serves, and the answer; of who is known also who asks, and an answer if that still holds.
+            assert len(prepared) == (4 if is_known else 2)
+            assert sum(statement.startswith("INSERT") for statement in prepared) == (2 if is_known else 1)
 
     def test_what_serves_is_asked_once_for_a_list(self, api, algorithms, customer):
         api.post(PRODUCTION, customer)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 from datetime import timedelta
 
 import pytest
 from django.contrib.auth.models import User
+from django.core.handlers.wsgi import WSGIHandler
 from django.db import InterfaceError, OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -22,6 +25,8 @@ from apps.endpoints import abtests, journal, lifecycle, permissions, prediction
 from apps.endpoints.models import ABTest, Endpoint, MLRequest, ShadowAnswer
 from apps.endpoints.views import PredictView
 from apps.ml.registry import registry
+from conftest import AsServed, make_application
+from server.handler import Handler
 
 PREDICT = "/api/v1/classifier/predict?status=production"
 
@@ -32,9 +37,10 @@ def user(db):
 
 
 @pytest.fixture
-def caller(user):
+def caller(user, application):
     _, token = AuthToken.objects.create(user)
     client = APIClient(raise_request_exception=False)
+    client.handler = AsServed(application)
     client.credentials(HTTP_AUTHORIZATION=f"Token {token}")
     return client
 
@@ -311,3 +317,124 @@ def test_what_this_process_remembers_of_tokens_is_bounded(monkeypatch):
         assert str(number) in known
 
     assert "0" not in known
+
+
+# --- What Django decided about one call holds for those like it -------------------------------------------------------
+def test_a_call_like_one_before_comes_to_no_middleware_and_no_view(known, customer, monkeypatch):
+    monkeypatch.setattr(WSGIHandler, "__call__", lambda *args: pytest.fail("it came to Django"))
+
+    assert known.post(PREDICT, customer).status_code == 200
+
+
+@pytest.fixture
+def behind_proxy(caller, algorithms, customer, settings):
+    """Send a call as a proxy that ends TLS hands it on; gives the status, the headers and the body."""
+    settings.SECURE_SSL_REDIRECT = True
+    settings.SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+    settings.SECURE_HSTS_SECONDS = 3600
+    application, body = make_application(), json.dumps(customer).encode()
+    plain = {
+        "REQUEST_METHOD": "POST",
+        "PATH_INFO": "/api/v1/classifier/predict",
+        "QUERY_STRING": "status=production",
+        "CONTENT_TYPE": "application/json",
+        "HTTP_X_FORWARDED_PROTO": "https",
+        "HTTP_AUTHORIZATION": caller._credentials["HTTP_AUTHORIZATION"],
+    }
+
+    def send(**said):
+        heads = []
+        asked = {**plain, "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body), **said}
+        pieces = application(caller._base_environ(**asked), lambda *head: heads.append(head))
+        return *heads[0], b"".join(pieces)
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("other", "status"),
+    [
+        ({"HTTP_HOST": "elsewhere.example"}, "400"),
+        ({"HTTP_X_FORWARDED_PROTO": "http"}, "301"),
+        ({"HTTP_TRANSFER_ENCODING": "chunked"}, "411"),
+        ({"CONTENT_TYPE": "text/plain"}, "415"),
+        ({"REQUEST_METHOD": "PUT"}, "405"),
+        ({"QUERY_STRING": "status=retired"}, "400"),
+        ({"PATH_INFO": "/api/v1/other/predict"}, "404"),
+        ({"PATH_INFO": "/api/v1/classifier/predict/"}, "404"),
+        ({"HTTP_AUTHORIZATION": "Token " + "0" * 64}, "401"),
+    ],
+)
+def test_what_else_a_call_says_is_looked_at_each_time(behind_proxy, other, status):
+    assert [behind_proxy()[0] for _ in range(2)] == ["200 OK", "200 OK"]
+    assert behind_proxy(**other)[0].startswith(status)
+    assert behind_proxy()[0] == "200 OK"
+    assert MLRequest.objects.count() == 3
+
+
+def test_the_headers_are_those_of_a_first_call_each_once(behind_proxy):
+    first, second = (behind_proxy() for _ in range(2))
+
+    names = [name for name, _ in second[1]]
+    assert (second[0], sorted(second[1])) == (first[0], sorted(first[1]))
+    assert len(names) == len(set(names))
+    assert {"Strict-Transport-Security", "X-Frame-Options", "Content-Length", "Allow"} <= set(names)
+    assert dict(second[1])["Content-Length"] == str(len(second[2]))
+
+
+def test_in_development_the_address_and_the_site_are_looked_at_each_time(known, algorithms, customer, settings):
+    settings.DEBUG = True
+    known.handler = AsServed(make_application())
+    here = {"REMOTE_ADDR": "127.0.0.1"}
+
+    assert [known.post(PREDICT, customer, **here).status_code for _ in range(2)] == [200, 200]
+    for elsewhere in (
+        {"REMOTE_ADDR": "192.0.2.1"},
+        {"HTTP_X_FORWARDED_FOR": "192.0.2.1"},
+        {"HTTP_X_REAL_IP": "192.0.2.1"},
+        {"HTTP_FORWARDED": "for=192.0.2.1"},
+        {"HTTP_ORIGIN": "https://elsewhere.example"},
+        {"HTTP_SEC_FETCH_SITE": "cross-site"},
+    ):
+        assert known.post(PREDICT, customer, **{**here, **elsewhere}).status_code == 403
+
+
+def test_a_body_that_is_too_large_is_refused_as_before(known, customer, settings):
+    settings.MAX_BODY_BYTES = 10
+
+    assert known.post(PREDICT, customer).status_code == 413
+
+
+def test_each_answer_is_a_line_of_the_log(known, customer, caplog):
+    with caplog.at_level("INFO", logger="requests"):
+        known.post(PREDICT, customer)
+
+    (line,) = [record.msg for record in caplog.records if record.name == "requests"]
+    assert (line["method"], line["path"], line["status"]) == ("POST", "/api/v1/classifier/predict", 200)
+    assert line["ms"] > 0
+
+
+def test_what_the_handler_remembers_of_calls_is_bounded(known, customer, settings, monkeypatch):
+    settings.ALLOWED_HOSTS = ["localhost"]
+    monkeypatch.setattr(Handler, "MOST_PASSED", 3)
+    known.handler = AsServed(make_application(handler := Handler()))
+
+    for number in range(10):
+        assert known.post(PREDICT, customer, HTTP_HOST=f"localhost:{8000 + number}").status_code == 200
+        assert 1 <= len(handler._passed) <= 3
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_connection_that_has_served_its_time_is_replaced(user, algorithms, customer):
+    _, token = AuthToken.objects.create(user)
+    client = APIClient(headers={"Authorization": f"Token {token}"})
+    client.handler = AsServed(Handler())
+    for _ in range(2):
+        assert client.post(PREDICT, customer).status_code == 200
+    before, connection.close_at = connection.connection, time.monotonic() - 1
+
+    assert client.post(PREDICT, customer).status_code == 200
+
+    # SQLite's, which holds a database in memory, Django keeps.
+    assert (connection.connection is before) == (connection.vendor == "sqlite")
+    assert MLRequest.objects.count() == 3
