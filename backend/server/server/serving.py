@@ -7,16 +7,12 @@ import sys
 from typing import NamedTuple
 
 from django.conf import settings
-from django.db import connection
 
 from server import environment as env
 
 
 class Serving(NamedTuple):
-    """threads: of each process. Python runs one at a time, and changing between many costs more than it wins.
-
-    Those of PostgreSQL's clients wait for its disk together, and are worth being more.
-    """
+    """threads: of each process. Python runs one at a time, but those that wait for a commit share it."""
 
     host: str
     port: int
@@ -34,7 +30,7 @@ def wanted() -> Serving:
         host=env.text("BIND_ADDRESS", "127.0.0.1"),
         port=env.number("PORT", 8000),
         workers=env.number("WEB_CONCURRENCY", 2),
-        threads=env.number("WEB_THREADS", 8 if connection.vendor == "postgresql" else 4),
+        threads=env.number("WEB_THREADS", 8),
     )
 
 
