@@ -180,8 +180,9 @@ import sys, time
 import django
 django.setup()
 from django.db import connection
+from apps.endpoints.batch_jobs import PART_ROWS
 from apps.endpoints.models import MLRequest
-most, size = map(int, sys.argv[1:])
+most = int(sys.argv[1])
 name = MLRequest._meta.db_table
 with connection.cursor() as cursor:
     cursor.execute("DROP TABLE IF EXISTS again")
@@ -203,8 +204,8 @@ with connection.cursor() as cursor:
         rows = cursor.fetchall()
     raw = connection.connection
     began = time.perf_counter()
-    for begin in range(0, len(rows), size):
-        part = rows[begin : begin + size]
+    for begin in range(0, len(rows), PART_ROWS):
+        part = rows[begin : begin + PART_ROWS]
         cursor.execute("BEGIN")
         if connection.vendor == "postgresql":
             with cursor.copy("COPY again FROM STDIN") as copy:
@@ -215,7 +216,7 @@ with connection.cursor() as cursor:
     print(len(rows) / (time.perf_counter() - began))
     cursor.execute("DROP TABLE again")
 """
-INSERTED_ROWS, ROWS_OF_A_PART = 200_000, 5_000
+INSERTED_ROWS = 200_000
 
 
 class Bench:
@@ -295,7 +296,7 @@ class Bench:
 
     def inserts_alone(self) -> float:
         """Rows per second at which a database takes again, into an empty table, what it has logged."""
-        return float(self.python("-c", INSERTS, INSERTED_ROWS, ROWS_OF_A_PART))
+        return float(self.python("-c", INSERTS, INSERTED_ROWS))
 
     def script(self, jobs: int) -> tuple[float, float]:
         return self.measured("-c", SCRIPT, self.model, self.table, self.folder / f"script{jobs}.csv", jobs)

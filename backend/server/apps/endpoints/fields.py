@@ -20,5 +20,9 @@ class JSONTextField(models.JSONField):
     def get_internal_type(self) -> str:
         return "TextField"
 
+    def get_transform(self, name: str) -> type[models.Transform] | None:
+        """No `input_data__Age`, which a JSONField offers: it would work on SQLite only."""
+        return super(models.JSONField, self).get_transform(name)
+
     def get_db_prep_value(self, value: Any, connection: BaseDatabaseWrapper, prepared: bool = False) -> Any:
         return None if value is None else json.dumps(value, cls=self.encoder)

@@ -8,8 +8,11 @@ from io import StringIO
 from unittest.mock import ANY
 
 import pytest
+from django.core.exceptions import FieldError
 from django.core.management import call_command
 from django.db import DatabaseError, connection, transaction
+from django.db.models import JSONField
+from django.db.models.functions import Cast
 from django.utils import timezone
 
 from apps.endpoints.journal import NewRequest, journal
@@ -377,3 +380,11 @@ def test_of_rows_that_are_recorded_together_none_is_if_one_cannot_be(algorithms,
     assert written == (3 if connection.vendor == "sqlite" and broken in ("a\0b", "a" * 201) else 0)
     assert MLRequest.objects.count() == written
     assert journal.record([row._replace(customer_key="d") for row in rows])
+
+
+def test_what_was_asked_is_no_place_to_search_in_unless_it_is_cast(answered, customer):
+    with pytest.raises(FieldError):
+        MLRequest.objects.filter(input_data__Orders=customer["Orders"]).count()
+
+    as_json = MLRequest.objects.annotate(asked=Cast("input_data", JSONField()))
+    assert as_json.filter(asked__Orders=customer["Orders"]).count() == 1
