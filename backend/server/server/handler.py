@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from django.conf import settings
@@ -31,10 +32,11 @@ class Request(WSGIRequest):
 class Passed(NamedTuple):
     """What became of a call that Django and its middleware let through to its view.
 
-    answer_again: answers the body of another call like it, or gives None. headers: those of the answer, but its length.
+    answer_again: the answer to another call like it, given how to read its body; or None. headers: those of the
+    answer, but its length.
     """
 
-    answer_again: Callable[[Environ, bytes], bytes | None]
+    answer_again: Callable[[Environ, Callable[[], bytes]], bytes | None]
     path: str
     headers: list[tuple[str, str]]
 
@@ -43,31 +45,22 @@ class Handler(WSGIHandler):
     """A view that can answer a call again without Django says so on its response, by `answer_again`.
 
     Everything on which it depends whether Django and its middleware let such a call through, and with which headers
-    its answer leaves, is in WHAT_DECIDES. So what came of one holds for those after it, which go the short way.
+    its answer leaves, is in `what_decides`. So what came of one holds for those after it, which go the short way.
     """
 
     request_class = Request
 
-    WHAT_DECIDES = (
-        *("REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO", "QUERY_STRING", "CONTENT_TYPE", "HTTP_TRANSFER_ENCODING"),
-        *("wsgi.url_scheme", "HTTP_HOST", "SERVER_NAME", "SERVER_PORT"),
-        *("HTTP_X_FORWARDED_HOST", "HTTP_X_FORWARDED_PORT", "HTTP_X_FORWARDED_PROTO"),
-    )
-    # In development it also matters from where, and from whose page, a call comes.
-    AND_IN_DEVELOPMENT = (
-        *("REMOTE_ADDR", "HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP", "HTTP_FORWARDED"),
-        *("HTTP_ORIGIN", "HTTP_SEC_FETCH_SITE", "HTTP_SEC_FETCH_MODE", "HTTP_SEC_FETCH_DEST"),
-    )
     MOST_PASSED = 1_000
+    MOST_CHARACTERS = 2_000  # of what decides about one
 
     def __init__(self) -> None:
         super().__init__()
-        self._decides = (*self.WHAT_DECIDES, *(self.AND_IN_DEVELOPMENT if settings.DEBUG else ()))
+        self._what_decides = what_decides()
         self._passed: dict[tuple[Any, ...], Passed] = {}
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """A whole answer as a list, which servers send at once, where they would ask anything else for its pieces."""
-        decisive = tuple(map(environ.get, self._decides))
+        decisive = tuple(map(environ.get, self._what_decides))
         passed = self._passed.get(decisive)
         answer = passed and self._answer_again(passed, environ, start_response)
         if answer:
@@ -83,23 +76,46 @@ class Handler(WSGIHandler):
 
     def _answer_again(self, passed: Passed, environ: Environ, start_response: StartResponse) -> bytes | None:
         began = time.perf_counter()
-        length = environ.get("CONTENT_LENGTH", "")
-        if not length.isdecimal() or int(length) > settings.MAX_BODY_BYTES:
+        announced = environ.get("CONTENT_LENGTH", "")
+        if not announced.isdecimal() or len(announced) > 18 or int(announced) > settings.MAX_BODY_BYTES:
             return None
-        body = b""
-        with suppress(OSError):  # the client is gone, as Django will find out
-            body = environ["wsgi.input"].read(int(length))
-        answer = passed.answer_again(environ, body) if len(body) == int(length) else None
+        answer = passed.answer_again(environ, partial(_read, environ, int(announced)))
         if answer is None:
-            environ["wsgi.input"] = io.BytesIO(body)
             return None
         start_response("200 OK", [*passed.headers, ("Content-Length", str(len(answer)))])
         logs.request("POST", passed.path, 200, began)
         return answer
 
     def _remember(self, decisive: tuple[Any, ...], response: HttpResponse, environ: Environ) -> None:
+        if sum(len(value) for value in decisive if value) > self.MOST_CHARACTERS:
+            return
         if len(self._passed) >= self.MOST_PASSED:
             self._passed.clear()
         path = environ["SCRIPT_NAME"].rstrip("/") + environ["PATH_INFO"]
         headers = [(name, value) for name, value in response.items() if name != "Content-Length"]
         self._passed[decisive] = Passed(response.answer_again, path, headers)
+
+
+def what_decides() -> list[str]:
+    """The names of all values in a request's environment by which it passes to an API view, or does not."""
+    names = ["REQUEST_METHOD", "SCRIPT_NAME", "PATH_INFO", "QUERY_STRING", "CONTENT_TYPE", "HTTP_TRANSFER_ENCODING"]
+    names += ["wsgi.url_scheme", "HTTP_HOST", "SERVER_NAME", "SERVER_PORT"]
+    if settings.USE_X_FORWARDED_HOST:
+        names.append("HTTP_X_FORWARDED_HOST")
+    if settings.USE_X_FORWARDED_PORT:
+        names.append("HTTP_X_FORWARDED_PORT")
+    if settings.SECURE_PROXY_SSL_HEADER:
+        names.append(settings.SECURE_PROXY_SSL_HEADER[0])
+    if settings.DEBUG:  # from where, and from whose page
+        names += ["REMOTE_ADDR", "HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP", "HTTP_FORWARDED"]
+        names += ["HTTP_ORIGIN", "HTTP_SEC_FETCH_SITE", "HTTP_SEC_FETCH_MODE", "HTTP_SEC_FETCH_DEST"]
+    return names
+
+
+def _read(environ: Environ, announced: int) -> bytes:
+    """A request's body, which Django can read once more; empty if it breaks off."""
+    body = b""
+    with suppress(OSError):  # the client is gone, as Django will find out
+        body = environ["wsgi.input"].read(announced)
+    environ["wsgi.input"] = io.BytesIO(body)
+    return body if len(body) == announced else b""

@@ -379,8 +379,12 @@ def test_curl_that_waits_to_be_told_to_go_on_is_refused_before_it_sends(server, 
     assert "100 Continue" not in done.stderr
 
 
-def test_refused_clients_that_announce_much_and_send_nothing_keep_nobody_out(server):
-    head = b"POST /api/v1/nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+@pytest.mark.parametrize("path", ["/api/v1/nowhere", "/api/v1/classifier/predict"])
+def test_refused_clients_that_announce_much_and_send_nothing_keep_nobody_out(server, path):
+    host, kind = f"127.0.0.1:{port_of(server)}", "Content-Type: application/json\r\nAuthorization: Token wrong"
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\n{kind}\r\nContent-Length: 1000000\r\n\r\n".encode()
+    if path.endswith("predict"):  # where those who are known are answered
+        assert {server.post(path, json={"Orders": 3}).status_code for _ in range(20)} == {200}
     silent = [socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) for _ in range(24)]
     try:
         for client in silent:

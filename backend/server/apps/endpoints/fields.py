@@ -22,7 +22,11 @@ class JSONTextField(models.JSONField):
 
     def get_transform(self, name: str) -> type[models.Transform] | None:
         """No `input_data__Age`, which a JSONField offers: it would work on SQLite only."""
-        return super(models.JSONField, self).get_transform(name)
+        return models.TextField().get_transform(name)
+
+    def get_lookup(self, name: str) -> type[models.Lookup] | None:
+        """Nor `input_data__has_key`."""
+        return models.TextField().get_lookup(name)
 
     def get_db_prep_value(self, value: Any, connection: BaseDatabaseWrapper, prepared: bool = False) -> Any:
         return None if value is None else json.dumps(value, cls=self.encoder)

@@ -121,7 +121,10 @@ class Journal:
         row += premise.values(row[_CREATED_AT])
         if database.in_atomic_block:
             return _insert([row], are_conditional=True)[0]
-        return self._settled(_Entry([row], are_conditional=True))[0]
+        ids = self._settled(_Entry([row], are_conditional=True))
+        if database.close_at is not None:  # as Django does it after a request
+            database.close_if_unusable_or_obsolete()
+        return ids[0]
 
     def _settled(self, entry: _Entry) -> list[int | None]:
         """The ids of an entry's rows, after this thread or another has written them."""
@@ -246,7 +249,8 @@ def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
         return _insert_one_by_one(rows, are_conditional)
     are_many = len(rows) > SHARED_ROWS and not are_conditional
     if connection.vendor == "postgresql" and not are_many:
-        return _insert_in_a_pipeline(rows, are_conditional)
+        with transaction.atomic() if connection.in_atomic_block else nullcontext():
+            return _insert_in_a_pipeline(rows, are_conditional)
     with transaction.atomic():
         if connection.vendor == "postgresql":
             return _copy_with_ids_drawn_first(_copied([*zip(*rows, strict=True)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from operator import methodcaller
 from typing import Any
@@ -40,13 +40,13 @@ class Statement:
         self, database: BaseDatabaseWrapper, parameters: Sequence[Sequence[Any]]
     ) -> list[Sequence[Any] | None]:
         """The first row for each set of parameters: all sent before any is waited for, and done or undone together."""
-        from psycopg import Cursor  # only there with PostgreSQL
+        import psycopg  # only there with PostgreSQL
 
         database.ensure_connection()
         database.validate_no_broken_transaction()
         driver = database.connection
         with database.wrap_database_errors, ExitStack() as cursors:
-            asked = [cursors.enter_context(Cursor(driver)) for _ in parameters]
+            asked = [cursors.enter_context(psycopg.Cursor(driver)) for _ in parameters]
             try:
                 # Not driver.transaction(), which waits for the answers to BEGIN and to COMMIT.
                 with driver.pipeline():
@@ -58,7 +58,8 @@ class Statement:
                         driver.execute("COMMIT")
             except BaseException:
                 if not database.in_atomic_block:
-                    driver.rollback()
+                    with suppress(psycopg.Error):  # where the connection itself was lost
+                        driver.rollback()
                 raise
             return [cursor.fetchone() for cursor in asked]
 

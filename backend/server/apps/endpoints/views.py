@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -122,11 +122,19 @@ def _wanted(query_string: str) -> Wanted:
 
 def _json_object(text: bytes) -> dict[str, Any] | None:
     """None if it is anything else, or no JSON."""
-    with suppress(ValueError, RecursionError):
-        found = json_text.loads(text)
-        if isinstance(found, dict):
-            return found
+    if text.startswith(b"{"):
+        with suppress(ValueError, RecursionError):
+            return json_text.loads(text)
     return None
+
+
+def _a_token_decides(view: APIView | type[APIView]) -> bool:
+    """Whether nothing but a token decides who may call a view, and how often."""
+    return (
+        view.authentication_classes == [TokenAuthentication]
+        and view.permission_classes == [TokenUnlessDebug]
+        and not view.throttle_classes
+    )
 
 
 def _json(body: Any) -> HttpResponse:
@@ -277,22 +285,20 @@ class PredictView(Api, APIView):
             raise failure
 
     @classmethod
-    def answer_again(cls, endpoint_name: str, wanted: Wanted, environ: dict[str, Any], body: bytes) -> bytes | None:
+    def answer_again(
+        cls, endpoint_name: str, wanted: Wanted, environ: dict[str, Any], read: Callable[[], bytes]
+    ) -> bytes | None:
         """The short way: the answer to one customer of a caller who is known, or None in any doubt.
 
         For a call that is like one that this view answered. What is asked most goes without the objects that Django and
-        DRF make for each request; after None, it comes by Django. Where this view is given other ways to authenticate,
-        permissions or throttles, those decide, and all goes by DRF.
+        DRF make for each request; after None, it comes by Django. read: gives the body, for which nobody waits who is
+        not known.
         """
-        if (
-            cls.throttle_classes
-            or cls.authentication_classes != [TokenAuthentication]
-            or cls.permission_classes != [TokenUnlessDebug]
-        ):
+        if not _a_token_decides(cls):
             return None
         try:
             token_digest = known_token(environ.get("HTTP_AUTHORIZATION", ""))
-            customer = token_digest and _json_object(body)
+            customer = token_digest and _json_object(read())
             if not customer:
                 return None
             answer = prediction.predict_from_memory(
@@ -342,7 +348,7 @@ class PredictView(Api, APIView):
         if is_list:
             return _json([answer.as_json() for answer in answers])
         response = _json(answers[0].as_json())
-        if request.META.get("CONTENT_TYPE") == "application/json":
+        if request.META.get("CONTENT_TYPE") == "application/json" and _a_token_decides(self):
             response.answer_again = partial(self.answer_again, endpoint_name, wanted)  # for the server's handler
         return response
 

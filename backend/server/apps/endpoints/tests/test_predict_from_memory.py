@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from knox.models import AuthToken
 from rest_framework.permissions import BasePermission
-from rest_framework.test import APIClient
+from rest_framework.test import APIClient, APIRequestFactory
 from rest_framework.throttling import UserRateThrottle
 
 from apps.endpoints import abtests, journal, lifecycle, permissions, prediction
@@ -332,7 +332,7 @@ def behind_proxy(caller, algorithms, customer, settings):
     settings.SECURE_SSL_REDIRECT = True
     settings.SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
     settings.SECURE_HSTS_SECONDS = 3600
-    application, body = make_application(), json.dumps(customer).encode()
+    body = json.dumps(customer).encode()
     plain = {
         "REQUEST_METHOD": "POST",
         "PATH_INFO": "/api/v1/classifier/predict",
@@ -345,9 +345,14 @@ def behind_proxy(caller, algorithms, customer, settings):
     def send(**said):
         heads = []
         asked = {**plain, "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body), **said}
-        pieces = application(caller._base_environ(**asked), lambda *head: heads.append(head))
+        pieces = send.application(caller._base_environ(**asked), lambda *head: heads.append(head))
         return *heads[0], b"".join(pieces)
 
+    def start():
+        send.application = make_application()
+
+    send.start = start
+    start()
     return send
 
 
@@ -370,6 +375,16 @@ def test_what_else_a_call_says_is_looked_at_each_time(behind_proxy, other, statu
     assert behind_proxy(**other)[0].startswith(status)
     assert behind_proxy()[0] == "200 OK"
     assert MLRequest.objects.count() == 3
+
+
+def test_tls_and_the_name_a_proxy_was_asked_by_are_looked_at_each_time(behind_proxy, settings):
+    settings.SECURE_PROXY_SSL_HEADER, settings.USE_X_FORWARDED_HOST = None, True
+    behind_proxy.start()
+
+    plain, asked = {"wsgi.url_scheme": "http"}, {"wsgi.url_scheme": "https", "HTTP_X_FORWARDED_HOST": "testserver"}
+    assert [behind_proxy(**asked)[0] for _ in range(2)] == ["200 OK", "200 OK"]
+    assert behind_proxy(**{**asked, **plain})[0].startswith("301")
+    assert behind_proxy(**{**asked, "HTTP_X_FORWARDED_HOST": "elsewhere.example"})[0].startswith("400")
 
 
 def test_the_headers_are_those_of_a_first_call_each_once(behind_proxy):
@@ -422,6 +437,44 @@ def test_what_the_handler_remembers_of_calls_is_bounded(known, customer, setting
     for number in range(10):
         assert known.post(PREDICT, customer, HTTP_HOST=f"localhost:{8000 + number}").status_code == 200
         assert 1 <= len(handler._passed) <= 3
+
+
+def test_a_call_that_says_much_is_not_remembered(known, customer, settings):
+    settings.ALLOWED_HOSTS = ["*"]
+    known.handler = AsServed(make_application(handler := Handler()))
+
+    assert known.post(PREDICT, customer, HTTP_HOST="a" * 2001).status_code == 200
+    assert not handler._passed
+
+
+def test_a_view_that_is_guarded_otherwise_where_it_is_routed_answers_no_call_again(known, algorithms, customer):
+    class Anybody(BasePermission):
+        pass
+
+    request = APIRequestFactory(headers={"Authorization": known._credentials["HTTP_AUTHORIZATION"]})
+    plain, guarded = (
+        PredictView.as_view(**initial)(request.post(PREDICT, customer), endpoint_name="classifier")
+        for initial in ({}, {"permission_classes": [*PredictView.permission_classes, Anybody]})
+    )
+
+    assert (plain.status_code, guarded.status_code) == (200, 200)
+    assert (hasattr(plain, "answer_again"), hasattr(guarded, "answer_again")) == (True, False)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_connection_that_is_to_serve_one_request_is_closed_after_it(user, algorithms, customer, monkeypatch):
+    _, token = AuthToken.objects.create(user)
+    client = APIClient(headers={"Authorization": f"Token {token}"})
+    client.handler = AsServed(make_application())
+    for _ in range(2):
+        assert client.post(PREDICT, customer).status_code == 200
+    monkeypatch.setitem(connection.settings_dict, "CONN_MAX_AGE", 0)
+    connection.close()
+
+    assert client.post(PREDICT, customer).status_code == 200
+
+    # SQLite's, which holds a database in memory, Django keeps.
+    assert (connection.connection is None) == (connection.vendor == "postgresql")
 
 
 @pytest.mark.django_db(transaction=True)
