@@ -120,7 +120,10 @@ if _database["ENGINE"] == "django.db.backends.sqlite3":
     _database["OPTIONS"] = {
         "timeout": 20,
         "transaction_mode": "IMMEDIATE",
-        "init_command": f"PRAGMA journal_mode=WAL; PRAGMA synchronous={_synchronous};",
+        # Half as often as by default somebody's commit copies what was written into the file, and flushes it: 8 MB.
+        "init_command": (
+            f"PRAGMA journal_mode=WAL; PRAGMA synchronous={_synchronous}; PRAGMA wal_autocheckpoint=2000;"
+        ),
         **_database.get("OPTIONS", {}),
     }
 else:

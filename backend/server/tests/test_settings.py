@@ -314,9 +314,10 @@ def test_an_sqlite_connection_writes_ahead_waits_for_locks_and_is_durable_enough
     with django_db_blocker.unblock(), on_file["default"].cursor() as cursor:
         found = {
             pragma: cursor.execute(f"PRAGMA {pragma}").fetchone()[0]
-            for pragma in ("journal_mode", "busy_timeout", "synchronous", "foreign_keys")
+            for pragma in ("journal_mode", "busy_timeout", "synchronous", "foreign_keys", "wal_autocheckpoint")
         }
 
+    assert found.pop("wal_autocheckpoint") == 2_000
     assert found == {"journal_mode": "wal", "busy_timeout": 20_000, "synchronous": 1, "foreign_keys": 1}
 
 
