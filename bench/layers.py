@@ -3,7 +3,7 @@
     python bench/layers.py [--requests 3000]
 
 Production settings: a token is checked, a line is logged (to a file), a row is committed. Each layer is timed where it
-is called; what remains is Django and DRF. Prints a Markdown table of microseconds per request, medians of five rounds.
+is called; what remains is what lies between them. Prints a Markdown table of microseconds per request, medians of five rounds.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def main() -> None:
         }
     lines = [f"| {layer} | {microseconds:.0f} |" for layer, microseconds in layers.items()]
     rest = whole - sum(layers.values())
-    run.say("\n".join(["| layer | µs |", "| --- | ---: |", *lines, f"| Django and DRF | {rest:.0f} |"]))
+    run.say("\n".join(["| layer | µs |", "| --- | ---: |", *lines, f"| what lies between them | {rest:.0f} |"]))
     run.say(f"| one request | {whole:.0f} |")
 
 
