@@ -3,7 +3,8 @@
     python bench/layers.py [--requests 3000]
 
 Production settings: a token is checked, a line is logged (to a file), a row is committed. Each layer is timed where it
-is called; what remains is what lies between them. Prints a Markdown table of microseconds per request, medians of five rounds.
+is called; what remains is what lies between them. Prints a Markdown table of microseconds per request, medians of five
+rounds.
 """
 
 from __future__ import annotations

@@ -20,13 +20,12 @@ class JSONTextField(models.JSONField):
     def get_internal_type(self) -> str:
         return "TextField"
 
-    def get_transform(self, name: str) -> type[models.Transform] | None:
+    def get_transform(self, name: str) -> None:
         """No `input_data__Age`, which a JSONField offers: it would work on SQLite only."""
-        return models.TextField().get_transform(name)
 
     def get_lookup(self, name: str) -> type[models.Lookup] | None:
-        """Nor `input_data__has_key`."""
-        return models.TextField().get_lookup(name)
+        """Nor any other search: the same JSON may be spelled as another text."""
+        return super().get_lookup(name) if name == "isnull" else None
 
     def get_db_prep_value(self, value: Any, connection: BaseDatabaseWrapper, prepared: bool = False) -> Any:
         return None if value is None else json.dumps(value, cls=self.encoder)

@@ -111,6 +111,12 @@ class Journal:
             database.close_if_unusable_or_obsolete()
         return database.vendor == "sqlite" or (database.vendor == "postgresql" and not was_dropped(database))
 
+    def close_if_due(self) -> None:
+        """Close this thread's connection if it has served its time, as Django does it after a request."""
+        database = connections[DEFAULT_DB_ALIAS]
+        if database.close_at is not None and not database.in_atomic_block:
+            database.close_if_unusable_or_obsolete()
+
     def record_if(self, premise: Premise, request: NewRequest) -> int | None:
         """The id of the request once it is committed; None, and nothing recorded, if the premise does not hold.
 
@@ -121,10 +127,7 @@ class Journal:
         row += premise.values(row[_CREATED_AT])
         if database.in_atomic_block:
             return _insert([row], are_conditional=True)[0]
-        ids = self._settled(_Entry([row], are_conditional=True))
-        if database.close_at is not None:  # as Django does it after a request
-            database.close_if_unusable_or_obsolete()
-        return ids[0]
+        return self._settled(_Entry([row], are_conditional=True))[0]
 
     def _settled(self, entry: _Entry) -> list[int | None]:
         """The ids of an entry's rows, after this thread or another has written them."""

@@ -232,6 +232,7 @@ def predict_from_memory(
     if pk is None:
         return None
     _record_failures(choice, [pk], [scored])
+    journal.close_if_due()
     return _answer(pk, scored)
 
 

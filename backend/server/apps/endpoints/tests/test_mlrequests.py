@@ -384,9 +384,12 @@ def test_of_rows_that_are_recorded_together_none_is_if_one_cannot_be(algorithms,
 
 
 def test_what_was_asked_is_no_place_to_search_in_unless_it_is_cast(answered, customer):
-    for search in ({"input_data__Orders": customer["Orders"]}, {"input_data__has_key": "Orders"}):
+    orders = customer["Orders"]
+    for search in ({"__Orders": orders}, {"__has_key": "Orders"}, {"__contains": {"Orders": orders}}, {"": customer}):
+        search = {f"input_data{how}": value for how, value in search.items()}
         with pytest.raises(FieldError):
             MLRequest.objects.filter(**search).count()
 
+    assert not MLRequest.objects.filter(input_data__isnull=True).exists()
     as_json = MLRequest.objects.annotate(asked=Cast("input_data", JSONField()))
     assert as_json.filter(asked__Orders=customer["Orders"]).count() == 1
