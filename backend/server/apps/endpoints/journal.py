@@ -300,10 +300,7 @@ def _insert_many_statement(rows: int) -> Statement:
 
 
 def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | None]:
-    """A statement for each row, and so an id for each, sent at once instead of one after the answer to the other.
-
-    PostgreSQL takes what is sent at once for one transaction, unless there is one already.
-    """
+    """A statement for each row, and so an id for each, sent at once instead of one after the answer to the other."""
     statement = _insert_statement(are_conditional)
     return [_id(found) for found in statement.first_rows_on_postgresql(connections[DEFAULT_DB_ALIAS], rows)]
 
