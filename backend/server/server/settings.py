@@ -120,7 +120,7 @@ if _database["ENGINE"] == "django.db.backends.sqlite3":
     _database["OPTIONS"] = {
         "timeout": 20,
         "transaction_mode": "IMMEDIATE",
-        # Half as often as by default somebody's commit copies what was written into the file, and flushes it: 8 MB.
+        # At 8 MB somebody's commit copies the log into the file and flushes it: half as often as by default.
         "init_command": (
             f"PRAGMA journal_mode=WAL; PRAGMA synchronous={_synchronous}; PRAGMA wal_autocheckpoint=2000;"
         ),
