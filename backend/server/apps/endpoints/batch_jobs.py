@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from django.conf import settings
 from django.core.files.uploadedfile import UploadedFile
-from django.db import DatabaseError, IntegrityError, InterfaceError, transaction
+from django.db import DatabaseError, IntegrityError, InterfaceError, connection, transaction
 from django.db.models import DateTimeField, ExpressionWrapper, Q
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Other writers wait while a part is written. Of a wide table it has fewer rows, since a chunk's characters are limited.
+# On SQLite other writers wait while a part is written, so there it is one chunk, which has fewer rows of a wide table,
+# since its characters are limited.
 PART_ROWS = 5_000
 CHECKING_THREADS = 2  # beside the one that reads
 BINS = 20
@@ -460,29 +461,35 @@ class _Run:
         if settings.DASK_SCHEDULER:
             scored = cluster.scored(settings.DASK_SCHEDULER, classifier, str(settings.BATCH_DIR), chunks, self._stay)
             with closing(scored):
-                read = ((each, table.position) for each in scored)
+                read = ((some, table.position) for some in _gathered(scored))
                 yield from in_order(lambda each: self._ready(*each), read, threads=1)
         else:
             scorer = Scorer(classifier, table.layout)
             first = list(islice(chunks, 1))  # in this thread, whose connection keeps the lease
-            yield from made_ahead(self._ready(scorer.score(chunk), table.position) for chunk in chain(first, chunks))
+            scored = map(scorer.score, chain(first, chunks))
+            yield from made_ahead(self._ready(some, table.position) for some in _gathered(scored))
 
-    def _ready(self, scored: Scored, bytes_read: int) -> _Part:
-        checked, results = scored.checked, scored.results
-        answers = [(result["probability"], result["label"]) for result in results]
-        if not self._is_logged:
-            return _Part(scored.rows_read, bytes_read, checked.records, answers, [])
-        requests = NewRequests(
-            input_data=checked.cells.input_json(),
+    def _ready(self, some: Sequence[Scored], bytes_read: int) -> _Part:
+        return _Part(
+            rows_read=sum(scored.rows_read for scored in some),
+            bytes_read=bytes_read,
+            records=[record for scored in some for record in scored.checked.records],
+            answers=[(result["probability"], result["label"]) for scored in some for result in scored.results],
+            requests=prepared_in_bulk(list(map(self._requests, some))) if self._is_logged else [],
+        )
+
+    def _requests(self, scored: Scored) -> NewRequests:
+        results, cells = scored.results, scored.checked.cells
+        return NewRequests(
+            input_data=cells.input_json(),
             full_response=list(map(dumps, results)),
-            response=[label for _, label in answers],
-            probability=[probability for probability, _ in answers],
+            response=[result["label"] for result in results],
+            probability=[result["probability"] for result in results],
             created_at=timezone.now(),
             latency_ms=scored.elapsed_ms,
-            customer_key=checked.cells.keys(),
+            customer_key=cells.keys(),
             parent_mlalgorithm_id=self._algorithm.pk,
         )
-        return _Part(scored.rows_read, bytes_read, checked.records, answers, prepared_in_bulk(requests))
 
     def _write(self, number: int, part: _Part, answered: AnsweredCsv, beside: ThreadPoolExecutor) -> None:
         """beside: the thread that writes all files, since no two may share a connection to another host."""
@@ -544,6 +551,18 @@ class _Run:
             raise _Lost
         for name, value in fields.items():
             setattr(self._job, name, value)
+
+
+def _gathered(scored: Iterable[Scored]) -> Iterator[list[Scored]]:
+    """As many as are to be written at once: each by itself where whoever else writes has to wait for it."""
+    some: list[Scored] = []
+    for each in scored:
+        some.append(each)
+        if connection.vendor == "sqlite" or sum(one.rows_read for one in some) >= PART_ROWS:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _looked_at(scorer: Scorer, chunk: Chunk) -> tuple[int, list[BadLine], int]:

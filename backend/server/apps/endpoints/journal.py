@@ -7,12 +7,12 @@ in one transaction, and each gets the ids of its own rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, models, transaction
 
@@ -21,6 +21,10 @@ from apps.endpoints.models import MLRequest
 from apps.endpoints.premise import HOLDS, Premise
 from apps.endpoints.sql import Statement, was_dropped
 from apps.endpoints.turns import in_turn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from psycopg import Copy
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
 SHARED_ROWS = 100
@@ -48,7 +52,7 @@ _CREATED_AT = NewRequest._fields.index("created_at")
 class NewRequests(NamedTuple):
     """Many answered requests: by request what differs, with its JSON as text, and what they share."""
 
-    input_data: Sequence[str]
+    input_data: Sequence[str] | pa.Array
     full_response: Sequence[str]
     response: Sequence[str]
     probability: Sequence[float]
@@ -60,6 +64,7 @@ class NewRequests(NamedTuple):
 
 # As PostgreSQL's COPY reads them; the first first, as the others make it.
 _ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}
+_NULL = r"\N"
 
 Row = Sequence[Any]
 
@@ -214,32 +219,26 @@ def insert(requests: Sequence[NewRequest]) -> list[int]:
     return _insert(prepared(requests))
 
 
-def prepared_in_bulk(requests: NewRequests) -> list[Row] | list[str]:
+def prepared_in_bulk(some: Sequence[NewRequests]) -> list[Row] | pa.Array:
     """What `insert_in_bulk` takes. Needs no connection, so that another thread can make it."""
-    count = len(requests.input_data)
-    columns = [
-        requests.input_data,
-        requests.full_response,
-        requests.response,
-        requests.probability,
-        [connection.ops.adapt_datetimefield_value(requests.created_at)] * count,
-        [requests.latency_ms] * count,
-        requests.customer_key,
-        [requests.parent_mlalgorithm_id] * count,
-        [None] * count,
-    ]
-    return _copied(columns) if connection.vendor == "postgresql" else list(zip(*columns, strict=True))
+    if connection.vendor == "postgresql":
+        import pyarrow as pa
+
+        return pa.concat_arrays(map(_lines, some))
+    return list(chain.from_iterable(map(_rows, some)))
 
 
-def insert_in_bulk(prepared: list[Row] | list[str], told: Callable[[Sequence[int]], object]) -> None:
+def insert_in_bulk(prepared: list[Row] | pa.Array, told: Callable[[Sequence[int]], object]) -> None:
     """Insert requests in the caller's transaction. Raises django.db.Error.
 
     told: given their ids as soon as they are known, where it can be before all are inserted.
     """
-    if not prepared:
+    if not len(prepared):
         told([])
     elif connection.vendor == "postgresql":
-        _copy_with_ids_drawn_first(prepared, told)
+        with _copying(len(prepared)) as (ids, copy):
+            told(ids)
+            copy.write(_numbered(ids, prepared))
     elif connection.vendor == "sqlite":
         _insert_many_by_a_statement(prepared, told)
     else:
@@ -256,7 +255,10 @@ def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
             return _insert_in_a_pipeline(rows, are_conditional)
     with transaction.atomic():
         if connection.vendor == "postgresql":
-            return _copy_with_ids_drawn_first(_copied([*zip(*rows, strict=True)]))
+            with _copying(len(rows)) as (ids, copy):
+                for pk, row in zip(ids, rows, strict=True):
+                    copy.write_row([pk, *row])
+            return ids
         if are_many and connection.vendor == "sqlite":
             return list(_insert_many_by_a_statement(rows))
         return _insert_one_by_one(rows, are_conditional)
@@ -305,49 +307,80 @@ def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | 
     return [_id(found) for found in statement.first_rows_on_postgresql(connections[DEFAULT_DB_ALIAS], rows)]
 
 
-def _copy_with_ids_drawn_first(
-    lines: Sequence[str], told: Callable[[Sequence[int]], object] = lambda ids: None
-) -> list[int]:
-    """Many rows at once. COPY tells no ids, so these are drawn first, and each is certain to be its own row's.
+@contextmanager
+def _copying(count: int) -> Iterator[tuple[list[int], Copy]]:
+    """Ids for so many rows, and what takes the rows, each with its id first, and inserts them in the end.
 
-    lines: of `_copied`.
+    COPY tells no ids, so these are drawn first, and each is certain to be its own row's.
     """
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT array_agg(nextval((SELECT pg_get_serial_sequence(%s, 'id')::regclass)))"
             " FROM generate_series(1, %s)",
-            [MLRequest._meta.db_table, len(lines)],
+            [MLRequest._meta.db_table, count],
         )
         (ids,) = cursor.fetchone()
-        told(ids)
         with connection.wrap_database_errors, cursor.copy(f"COPY {_table_and_columns('id')} FROM STDIN") as copy:
-            copy.write("\n".join([*(pk + line for pk, line in zip(map(str, ids), lines, strict=True)), ""]))
-    return ids
+            yield ids, copy
 
 
-def _copied(columns: Sequence[Sequence[Any]]) -> list[str]:
-    """The lines of the rows of some columns as PostgreSQL's COPY reads them, each but for the id at its beginning."""
-    return list(map("\t".join, zip([""] * len(columns[0]), *map(_copied_values, columns), strict=True)))
+def _rows(requests: NewRequests) -> Iterator[Row]:
+    texts = requests.input_data
+    count = len(texts)
+    columns = [
+        texts if isinstance(texts, list) else texts.to_pylist(),
+        requests.full_response,
+        requests.response,
+        requests.probability,
+        [connection.ops.adapt_datetimefield_value(requests.created_at)] * count,
+        [requests.latency_ms] * count,
+        requests.customer_key,
+        [requests.parent_mlalgorithm_id] * count,
+        [None] * count,
+    ]
+    return zip(*columns, strict=True)
 
 
-def _copied_values(column: Sequence[Any]) -> list[str]:
-    if column and column.count(column[0]) == len(column):  # most have one value for all rows
-        return [_copied_value(column[0])] * len(column)
-    if None not in column:
-        texts = list(map(str, column))
-        together = "".join(texts)
-        if not any(character in together for character in _ESCAPES):
-            return texts
-    return list(map(_copied_value, column))
+def _lines(requests: NewRequests) -> pa.Array:
+    """The requests as PostgreSQL's COPY reads them, a line each, but for the id at its beginning.
+
+    By pyarrow, beside which other threads can run.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    def escaped(texts: Iterable[str] | pa.Array) -> pa.Array:
+        array = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
+        characters = array.buffers()[2]
+        all_of_them = characters.to_pybytes() if characters else b""
+        for character, escape in _ESCAPES.items():
+            if character.encode() in all_of_them:
+                array = compute.replace_substring(array, character, escape)
+        return array
+
+    values = [
+        "",
+        escaped(requests.input_data),
+        escaped(requests.full_response),
+        escaped(requests.response),
+        pa.array(requests.probability, pa.float64()).cast(pa.string()),
+        str(connection.ops.adapt_datetimefield_value(requests.created_at)),
+        str(requests.latency_ms),
+        escaped(requests.customer_key),
+        str(requests.parent_mlalgorithm_id),
+        _NULL,
+    ]
+    return compute.binary_join_element_wise(*values, "\t")
 
 
-def _copied_value(value: Any) -> str:
-    if value is None:
-        return r"\N"
-    text = str(value)
-    for character, escape in _ESCAPES.items():
-        text = text.replace(character, escape)
-    return text
+def _numbered(ids: Sequence[int], lines: pa.Array) -> memoryview:
+    """`_lines` with their ids."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    numbers = pa.array(ids, pa.int64()).cast(pa.string())
+    _, offsets, characters = compute.binary_join_element_wise(numbers, lines, "\n", "").buffers()
+    return memoryview(characters)[: memoryview(offsets).cast("B").cast("i")[len(ids)]]
 
 
 def prepared(requests: Sequence[NewRequest]) -> list[Row]:

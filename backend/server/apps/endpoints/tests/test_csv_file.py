@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 from hypothesis import HealthCheck, example, given, settings
@@ -220,9 +221,9 @@ def check_both_ways(schema: Schema, chunks: list[csv_file.Chunk]) -> None:
         assert parsed(fast.cells.input_json()) == parsed(slow.cells.input_json())
 
 
-def parsed(texts: list[str]) -> str:
+def parsed(texts: Iterable[object]) -> str:
     """What JSON says, with 1 and 1.0 told apart."""
-    return repr([json.loads(text) for text in texts])
+    return repr([json.loads(str(text)) for text in texts])
 
 
 class TestChecking:
@@ -256,6 +257,29 @@ class TestChecking:
         lines = [f"{'' if number is None else repr(number)},x" for number in numbers]
 
         check_both_ways(schema, chunks_of("\n".join(["n,x", *lines]).encode(), 20)[0])
+
+    @settings(lenient, max_examples=300)
+    @given(
+        spelled=st.lists(
+            st.from_regex(r"-?([0-9]{1,20}|[0-9]{0,18}\.[0-9]{1,22}|[0-9]{1,3}\.)", fullmatch=True), max_size=9
+        )
+    )
+    @example(["12", "-0.5", "0", "-7", "", "0.10", "100"])
+    @example(["0.0000001", "12345.678901234567890123", "0.99999999999999999999"])
+    @example(["123456789012345", "-999999999999999"])
+    @example(["-0"])
+    @example(["-0.0", "1.0"])
+    @example(["1.5", "1."])
+    @example(["007", "0.5"])
+    @example(["00.5"])
+    @example(["-.5"])
+    @example(["9007199254740993"])
+    @example(["1e3", "0.5"])
+    def test_by_columns_gives_for_numbers_however_spelled_the_same_json(self, spelled):
+        schema = Schema((Column("n", NUMERIC, 0.5),), SCHEMA.target)
+        lines = [f"{number},x" for number in spelled] * 200
+
+        check_both_ways(schema, chunks_of("\n".join(["n,x", "1,x", *lines]).encode(), 10_000)[0])
 
     def test_takes_the_way_by_columns_for_what_is_plainly_right(self):
         """Else the test above would compare a way with itself."""

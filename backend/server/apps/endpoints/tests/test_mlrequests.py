@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from io import StringIO
@@ -11,13 +12,13 @@ from unittest.mock import ANY
 import pytest
 from django.core.exceptions import FieldError
 from django.core.management import call_command
-from django.db import DatabaseError, connection, transaction
+from django.db import DatabaseError, IntegrityError, connection, connections, transaction
 from django.db.models import JSONField
 from django.db.models.functions import Cast
 from django.utils import timezone
 
 from apps.endpoints.journal import NewRequest, journal
-from apps.endpoints.models import FeedbackChange, MLRequest
+from apps.endpoints.models import ABTest, FeedbackChange, MLAlgorithm, MLRequest
 from apps.ml.registry import registry
 from conftest import make_customers
 
@@ -361,6 +362,68 @@ def test_printing_a_migration_changes_nothing(api, answered):
     finally:
         call_command("migrate", verbosity=0)
     overwrite()
+
+
+def take_away(algorithm: MLAlgorithm, statement: str = "DELETE FROM endpoints_mlalgorithm WHERE id = %s") -> None:
+    """By hand, with the steps of its life."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("DELETE FROM endpoints_mlalgorithmstatus WHERE parent_mlalgorithm_id = %s", [algorithm.pk])
+        cursor.execute(statement, [algorithm.pk])
+
+
+@pytest.mark.django_db(transaction=True)
+def test_no_algorithm_can_be_taken_away_from_its_requests(answered, algorithms):
+    asked = algorithms["random_forest"]
+    for statement in (
+        "DELETE FROM endpoints_mlalgorithm WHERE id = %s",
+        "UPDATE endpoints_mlalgorithm SET id = id + 100 WHERE id = %s",
+    ):
+        with pytest.raises(IntegrityError):
+            take_away(asked, statement)
+    MLRequest.objects.all().delete()
+    take_away(asked)
+    assert not MLAlgorithm.objects.filter(pk=asked.pk).exists()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_no_test_can_be_taken_away_from_its_requests(answered, algorithms):
+    forest, trees = algorithms["random_forest"], algorithms["extra_trees"]
+    test = ABTest.objects.create(
+        title="a",
+        created_by="b",
+        created_at=timezone.now(),
+        parent_mlalgorithm_1=forest,
+        parent_mlalgorithm_2=trees,
+        parent_endpoint=forest.parent_endpoint,
+        champion=forest,
+    )
+    MLRequest.objects.update(abtest=test)
+    delete = "DELETE FROM endpoints_abtest WHERE id = %s"
+
+    with pytest.raises(IntegrityError), transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(delete, [test.pk])
+    MLRequest.objects.update(abtest=None)
+    with connection.cursor() as cursor:
+        cursor.execute(delete, [test.pk])
+    assert not ABTest.objects.exists()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_no_algorithm_can_be_taken_away_from_requests_that_are_being_recorded(algorithms):
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite has one writer")
+    algorithm = algorithms["random_forest"]
+    row = NewRequest({}, {}, "1", 0.5, timezone.now(), 1.0, "", algorithm.pk, None)
+
+    with ThreadPoolExecutor(1) as beside:
+        with transaction.atomic():
+            journal.record([row])
+            taking_away = beside.submit(take_away, algorithm)
+            with pytest.raises(TimeoutError):
+                taking_away.result(timeout=1)
+        with pytest.raises(IntegrityError):
+            taking_away.result(timeout=30)
+        beside.submit(connections.close_all).result()
 
 
 @pytest.mark.django_db(transaction=True)
