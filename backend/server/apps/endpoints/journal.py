@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
 SHARED_ROWS = 100
-# In one statement: SQLite may take no more than 999 values. At each statement's end another thread takes over.
+# In one statement: SQLite may take no more than 999 values.
 ROWS_OF_A_STATEMENT = 100
 
 
@@ -72,13 +72,13 @@ Row = Sequence[Any]
 class _Entry:
     """The rows of one call; `ids` or `error` once they were written or refused.
 
-    are_conditional: the rows carry a premise each; an id is None where it did not hold.
+    premise: of each of the rows, if they have one; their ids are None where it did not hold.
     """
 
-    def __init__(self, rows: list[Row], *, are_conditional: bool):
+    def __init__(self, rows: list[Row], premise: Premise | None = None):
         self.rows = rows
-        self.are_conditional = are_conditional
-        self.ids: list[int | None] | None = None
+        self.premise = premise
+        self.ids: Sequence[int | None] | None = None
         self.error: Exception | None = None
         self.writes = False  # whether its thread is the one that writes
         self.turn = threading.Lock()  # let go when the entry is settled, or when its thread is to write
@@ -97,14 +97,14 @@ class Journal:
         self._waiting: list[_Entry] = []
         self._someone_writes = False
 
-    def record(self, requests: Sequence[NewRequest]) -> list[int]:
+    def record(self, requests: Sequence[NewRequest]) -> Sequence[int]:
         """The ids of the requests, in their order, once all of them are committed; none is recorded on an error.
 
         Within a transaction of the caller they are part of it. Raises django.db.Error.
         """
         if connection.in_atomic_block or len(requests) > SHARED_ROWS:
             return insert(requests)
-        return self._settled(_Entry(prepared(requests), are_conditional=False))
+        return self._settled(_Entry(prepared(requests)))
 
     def can_record_if(self) -> bool:
         """Whether this thread's connection is one on which `record_if` works, and open as far as can be seen.
@@ -129,12 +129,11 @@ class Journal:
         """
         database = connections[DEFAULT_DB_ALIAS]
         row = _row(request, database.ops.adapt_datetimefield_value)
-        row += premise.values(row[_CREATED_AT])
         if database.in_atomic_block:
-            return _insert([row], are_conditional=True)[0]
-        return self._settled(_Entry([row], are_conditional=True))[0]
+            return _insert([row], premise)[0]
+        return self._settled(_Entry([row], premise))[0]
 
-    def _settled(self, entry: _Entry) -> list[int | None]:
+    def _settled(self, entry: _Entry) -> Sequence[int | None]:
         """The ids of an entry's rows, after this thread or another has written them."""
         try:
             with self._mutex:
@@ -197,16 +196,16 @@ def _settle(group: list[_Entry]) -> None:
             entry.ids = ids
 
 
-def _insert_entries(group: list[_Entry]) -> list[tuple[_Entry, list[int | None]]]:
+def _insert_entries(group: list[_Entry]) -> list[tuple[_Entry, Sequence[int | None]]]:
     """Insert the rows of entries in one transaction; returns each entry with the ids of its rows."""
     if len(group) == 1:
-        return [(group[0], _insert(group[0].rows, group[0].are_conditional))]
+        return [(group[0], _insert(group[0].rows, group[0].premise))]
     inserted = []
-    kinds = {entry.are_conditional for entry in group}
-    with transaction.atomic() if len(kinds) > 1 else nullcontext():
-        for are_conditional in kinds:
-            entries = [entry for entry in group if entry.are_conditional is are_conditional]
-            ids = iter(_insert([row for entry in entries for row in entry.rows], are_conditional))
+    premises = {entry.premise for entry in group}
+    with transaction.atomic() if len(premises) > 1 else nullcontext():
+        for premise in premises:
+            entries = [entry for entry in group if entry.premise == premise]
+            ids = iter(_insert([row for entry in entries for row in entry.rows], premise))
             inserted += [(entry, [next(ids) for _ in entry.rows]) for entry in entries]
     return inserted
 
@@ -214,7 +213,7 @@ def _insert_entries(group: list[_Entry]) -> list[tuple[_Entry, list[int | None]]
 journal = Journal()
 
 
-def insert(requests: Sequence[NewRequest]) -> list[int]:
+def insert(requests: Sequence[NewRequest]) -> Sequence[int]:
     """Record requests in a transaction of their own, or of the caller; returns their ids. Raises django.db.Error."""
     return _insert(prepared(requests))
 
@@ -240,28 +239,31 @@ def insert_in_bulk(prepared: list[Row] | pa.Array, told: Callable[[Sequence[int]
             told(ids)
             copy.write(_numbered(ids, prepared))
     elif connection.vendor == "sqlite":
-        _insert_many_by_a_statement(prepared, told)
+        _insert_by_statements_of_many(prepared, told=told)
     else:
         told(_insert_one_by_one(prepared))
 
 
-def _insert(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
-    """Insert rows in one transaction; returns the id of each, None for a conditional row whose premise fails."""
-    if len(rows) == 1:  # a statement by itself is one
-        return _insert_one_by_one(rows, are_conditional)
-    are_many = len(rows) > SHARED_ROWS and not are_conditional
+def _insert(rows: list[Row], premise: Premise | None = None) -> Sequence[int | None]:
+    """Insert rows in one transaction; returns the id of each, all None where their premise fails."""
+    if connection.vendor == "sqlite":
+        with transaction.atomic() if len(rows) > ROWS_OF_A_STATEMENT else nullcontext():  # a statement by itself is one
+            return _insert_by_statements_of_many(rows, premise)
+    if premise:
+        rows = [[*row, *premise.values(row[_CREATED_AT])] for row in rows]
+    if len(rows) == 1:
+        return _insert_one_by_one(rows, premise is not None)
+    are_many = len(rows) > SHARED_ROWS and not premise
     if connection.vendor == "postgresql" and not are_many:
         with transaction.atomic() if connection.in_atomic_block else nullcontext():
-            return _insert_in_a_pipeline(rows, are_conditional)
+            return _insert_in_a_pipeline(rows, premise is not None)
     with transaction.atomic():
         if connection.vendor == "postgresql":
             with _copying(len(rows)) as (ids, copy):
                 for pk, row in zip(ids, rows, strict=True):
                     copy.write_row([pk, *row])
             return ids
-        if are_many and connection.vendor == "sqlite":
-            return list(_insert_many_by_a_statement(rows))
-        return _insert_one_by_one(rows, are_conditional)
+        return _insert_one_by_one(rows)
 
 
 def _insert_one_by_one(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
@@ -277,15 +279,22 @@ def _id(found: Sequence[Any] | None) -> int | None:
     return found[0] if found else None
 
 
-def _insert_many_by_a_statement(
-    rows: Sequence[Row], told: Callable[[Sequence[int]], object] = lambda ids: None
-) -> Sequence[int]:
-    """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other."""
+def _insert_by_statements_of_many(
+    rows: Sequence[Row], premise: Premise | None = None, told: Callable[[Sequence[int]], object] = lambda ids: None
+) -> Sequence[int | None]:
+    """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other.
+
+    A statement for each row would cost a wait each, as another thread of Python takes over at its end.
+    """
     database = connections[DEFAULT_DB_ALIAS]
+    values_of_premise = premise.values(max(row[_CREATED_AT] for row in rows)) if premise else []
     ids, last_id = range(0), 0
     for begin in range(0, len(rows), ROWS_OF_A_STATEMENT):
         some = rows[begin : begin + ROWS_OF_A_STATEMENT]
-        last_id = _insert_many_statement(len(some)).last_id(database, [*chain.from_iterable(some)])
+        values = [*chain.from_iterable(some), *values_of_premise]
+        last_id = _insert_many_statement(len(some), premise is not None).last_id(database, values)
+        if last_id is None:
+            return [None] * len(rows)
         if not begin:
             first_id = last_id - len(some) + 1
             ids = range(first_id, first_id + len(rows))
@@ -296,9 +305,19 @@ def _insert_many_by_a_statement(
 
 
 @cache
-def _insert_many_statement(rows: int) -> Statement:
-    values = f"({', '.join(['%s'] * len(NewRequest._fields))})"
-    return Statement(f"INSERT INTO {_table_and_columns()} VALUES {', '.join([values] * rows)}")
+def _insert_many_statement(rows: int, are_conditional: bool) -> Statement:
+    count = len(NewRequest._fields)
+    values = ", ".join(["%s"] * count)
+    if not are_conditional:
+        return Statement(f"INSERT INTO {_table_and_columns()} VALUES {', '.join([f'({values})'] * rows)}")
+    if rows == 1:
+        return Statement(f"INSERT INTO {_table_and_columns()} SELECT {values} WHERE {HOLDS}")
+    in_order = ", ".join(f"({values}, {place})" for place in range(rows))
+    columns = ", ".join(f"column{number}" for number in range(1, count + 1))
+    return Statement(
+        f"INSERT INTO {_table_and_columns()} SELECT {columns} FROM (VALUES {in_order})"
+        f" WHERE {HOLDS} ORDER BY column{count + 1}"
+    )
 
 
 def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | None]:
@@ -410,15 +429,15 @@ def _insert_statement(are_conditional: bool) -> Statement:
 
 @cache
 def _insert_sql(are_conditional: bool = False) -> str:
-    """SQL for one row, and after its values those of its premise. Where there is RETURNING it gives the id."""
-    placeholders = ["%s"] * len(NewRequest._fields)
-    values = f"VALUES ({', '.join(placeholders)})"
-    is_postgresql = connection.vendor == "postgresql"
+    """SQL for one row, and on PostgreSQL after its values those of its premise. Where there is RETURNING it gives the
+    id."""
+    names = NewRequest._fields
+    values = f"VALUES ({', '.join(['%s'] * len(names))})"
     if are_conditional:
-        if is_postgresql:  # which does not see from a SELECT's place what types its values are to have
-            placeholders = [f"CAST(%s AS {_type_of(MLRequest._meta.get_field(name))})" for name in NewRequest._fields]
-        values = f"SELECT {', '.join(placeholders)} WHERE {HOLDS}"
-    return f"INSERT INTO {_table_and_columns()} {values}" + " RETURNING id" * is_postgresql
+        # PostgreSQL does not see from a SELECT's place what types its values are to have.
+        cast = [f"CAST(%s AS {_type_of(MLRequest._meta.get_field(name))})" for name in names]
+        values = f"SELECT {', '.join(cast)} WHERE {HOLDS}"
+    return f"INSERT INTO {_table_and_columns()} {values}" + " RETURNING id" * (connection.vendor == "postgresql")
 
 
 def _type_of(field: models.Field) -> str:
