@@ -7,11 +7,12 @@ in one transaction, and each gets the ids of its own rows.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, models, transaction
@@ -19,7 +20,7 @@ from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connec
 from apps.endpoints.json_text import dumps
 from apps.endpoints.models import MLRequest
 from apps.endpoints.premise import HOLDS, Premise
-from apps.endpoints.sql import Statement, was_dropped
+from apps.endpoints.sql import Statement, rows_together, was_dropped
 from apps.endpoints.turns import in_turn
 
 if TYPE_CHECKING:
@@ -200,13 +201,14 @@ def _insert_entries(group: list[_Entry]) -> list[tuple[_Entry, Sequence[int | No
     """Insert the rows of entries in one transaction; returns each entry with the ids of its rows."""
     if len(group) == 1:
         return [(group[0], _insert(group[0].rows, group[0].premise))]
+    entries_of: dict[Premise | None, list[_Entry]] = defaultdict(list)
+    for entry in group:
+        entries_of[entry.premise].append(entry)
+    rows_of = {premise: [row for one in entries for row in one.rows] for premise, entries in entries_of.items()}
     inserted = []
-    premises = {entry.premise for entry in group}
-    with transaction.atomic() if len(premises) > 1 else nullcontext():
-        for premise in premises:
-            entries = [entry for entry in group if entry.premise == premise]
-            ids = iter(_insert([row for entry in entries for row in entry.rows], premise))
-            inserted += [(entry, [next(ids) for _ in entry.rows]) for entry in entries]
+    for entries, ids in zip(entries_of.values(), _insert_together(rows_of), strict=True):
+        of_entries = iter(ids)
+        inserted += [(entry, list(islice(of_entries, len(entry.rows)))) for entry in entries]
     return inserted
 
 
@@ -246,53 +248,51 @@ def insert_in_bulk(prepared: list[Row] | pa.Array, told: Callable[[Sequence[int]
 
 def _insert(rows: list[Row], premise: Premise | None = None) -> Sequence[int | None]:
     """Insert rows in one transaction; returns the id of each, all None where their premise fails."""
+    (ids,) = _insert_together({premise: rows})
+    return ids
+
+
+def _insert_together(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
+    """`_insert` for the rows of several premises, all in one transaction."""
+    most = max(map(len, rows_of.values()))
+    if connection.vendor == "postgresql" and (most <= SHARED_ROWS or None not in rows_of):
+        is_within = connection.in_atomic_block and most > 1
+        with transaction.atomic() if is_within else nullcontext():  # else a refused row would end the caller's
+            return _insert_by_a_statement_each(rows_of)
+    is_one_statement = len(rows_of) == 1 and most <= (ROWS_OF_A_STATEMENT if connection.vendor == "sqlite" else 1)
+    with nullcontext() if is_one_statement else transaction.atomic():
+        return [_insert_for(premise, rows) for premise, rows in rows_of.items()]
+
+
+def _insert_for(premise: Premise | None, rows: list[Row]) -> Sequence[int | None]:
     if connection.vendor == "sqlite":
-        with transaction.atomic() if len(rows) > ROWS_OF_A_STATEMENT else nullcontext():  # a statement by itself is one
-            return _insert_by_statements_of_many(rows, premise)
-    if premise:
-        rows = [[*row, *premise.values(row[_CREATED_AT])] for row in rows]
-    if len(rows) == 1:
-        return _insert_one_by_one(rows, premise is not None)
-    are_many = len(rows) > SHARED_ROWS and not premise
-    if connection.vendor == "postgresql" and not are_many:
-        with transaction.atomic() if connection.in_atomic_block else nullcontext():
-            return _insert_in_a_pipeline(rows, premise is not None)
-    with transaction.atomic():
-        if connection.vendor == "postgresql":
-            with _copying(len(rows)) as (ids, copy):
-                for pk, row in zip(ids, rows, strict=True):
-                    copy.write_row([pk, *row])
-            return ids
+        return _insert_by_statements_of_many(rows, premise)
+    if connection.vendor != "postgresql":
         return _insert_one_by_one(rows)
+    with _copying(len(rows)) as (ids, copy):
+        for pk, row in zip(ids, rows, strict=True):
+            copy.write_row([pk, *row])
+    return ids
 
 
-def _insert_one_by_one(rows: list[Row], are_conditional: bool = False) -> list[int | None]:
-    """A statement for each row."""
+def _insert_one_by_one(rows: Sequence[Row]) -> list[int]:
     database = connections[DEFAULT_DB_ALIAS]
-    statement = _insert_statement(are_conditional)
-    if database.vendor == "postgresql":
-        return [_id(statement.first_row(database, row)) for row in rows]
-    return [statement.last_id(database, row) for row in rows]
+    return [_insert_statement(1, False).last_id(database, row) for row in rows]
 
 
-def _id(found: Sequence[Any] | None) -> int | None:
-    return found[0] if found else None
+# A statement for each row would cost a wait each: for PostgreSQL's answer, or for one's turn in Python, since another
+# thread takes over at its end.
 
 
 def _insert_by_statements_of_many(
     rows: Sequence[Row], premise: Premise | None = None, told: Callable[[Sequence[int]], object] = lambda ids: None
 ) -> Sequence[int | None]:
-    """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other.
-
-    A statement for each row would cost a wait each, as another thread of Python takes over at its end.
-    """
+    """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other."""
     database = connections[DEFAULT_DB_ALIAS]
-    values_of_premise = premise.values(max(row[_CREATED_AT] for row in rows)) if premise else []
     ids, last_id = range(0), 0
     for begin in range(0, len(rows), ROWS_OF_A_STATEMENT):
         some = rows[begin : begin + ROWS_OF_A_STATEMENT]
-        values = [*chain.from_iterable(some), *values_of_premise]
-        last_id = _insert_many_statement(len(some), premise is not None).last_id(database, values)
+        last_id = _insert_statement(len(some), premise is not None).last_id(database, _values(some, premise))
         if last_id is None:
             return [None] * len(rows)
         if not begin:
@@ -304,26 +304,41 @@ def _insert_by_statements_of_many(
     return ids
 
 
+def _insert_by_a_statement_each(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
+    """In PostgreSQL, which gives the ids back in the order of the rows."""
+    asked = [
+        (_insert_statement(len(rows), premise is not None), _values(rows, premise)) for premise, rows in rows_of.items()
+    ]
+    found = rows_together(connections[DEFAULT_DB_ALIAS], asked)
+    return [[pk for (pk,) in ids] or [None] * len(rows) for ids, rows in zip(found, rows_of.values(), strict=True)]
+
+
+def _values(rows: Sequence[Row], premise: Premise | None) -> list[Any]:
+    values = [*chain.from_iterable(rows)]
+    if premise:
+        values += premise.values(max(row[_CREATED_AT] for row in rows))
+    return values
+
+
 @cache
-def _insert_many_statement(rows: int, are_conditional: bool) -> Statement:
-    count = len(NewRequest._fields)
-    values = ", ".join(["%s"] * count)
+def _insert_statement(rows: int, are_conditional: bool) -> Statement:
+    """For the values of so many rows, and then those of their premise. Where there is RETURNING it gives the ids."""
+    names = NewRequest._fields
+    insert, returning = f"INSERT INTO {_table_and_columns()}", ""
+    values = ["%s"] * len(names)
+    if connection.vendor == "postgresql":
+        returning = " RETURNING id"
+        if are_conditional:  # it does not see from a SELECT's place what types its values are to have
+            values = [f"CAST(%s AS {_type_of(MLRequest._meta.get_field(name))})" for name in names]
+    row = ", ".join(values)
     if not are_conditional:
-        return Statement(f"INSERT INTO {_table_and_columns()} VALUES {', '.join([f'({values})'] * rows)}")
+        return Statement(f"{insert} VALUES {', '.join([f'({row})'] * rows)}{returning}")
     if rows == 1:
-        return Statement(f"INSERT INTO {_table_and_columns()} SELECT {values} WHERE {HOLDS}")
-    in_order = ", ".join(f"({values}, {place})" for place in range(rows))
-    columns = ", ".join(f"column{number}" for number in range(1, count + 1))
-    return Statement(
-        f"INSERT INTO {_table_and_columns()} SELECT {columns} FROM (VALUES {in_order})"
-        f" WHERE {HOLDS} ORDER BY column{count + 1}"
-    )
-
-
-def _insert_in_a_pipeline(rows: list[Row], are_conditional: bool) -> list[int | None]:
-    """A statement for each row, and so an id for each, sent at once instead of one after the answer to the other."""
-    statement = _insert_statement(are_conditional)
-    return [_id(found) for found in statement.first_rows_on_postgresql(connections[DEFAULT_DB_ALIAS], rows)]
+        return Statement(f"{insert} SELECT {row} WHERE {HOLDS}{returning}")
+    places = ", ".join(f"({row}, {place})" for place in range(rows))
+    *columns, place = (f"column{number}" for number in range(1, len(names) + 2))
+    select = f"SELECT {', '.join(columns)} FROM (VALUES {places}) AS asked WHERE {HOLDS} ORDER BY {place}"
+    return Statement(f"{insert} {select}{returning}")
 
 
 @contextmanager
@@ -420,24 +435,6 @@ def _row(request: NewRequest, adapted_time: Callable[[datetime], Any]) -> Row:
         request.parent_mlalgorithm_id,
         request.abtest_id,
     ]
-
-
-@cache
-def _insert_statement(are_conditional: bool) -> Statement:
-    return Statement(_insert_sql(are_conditional))
-
-
-@cache
-def _insert_sql(are_conditional: bool = False) -> str:
-    """SQL for one row, and on PostgreSQL after its values those of its premise. Where there is RETURNING it gives the
-    id."""
-    names = NewRequest._fields
-    values = f"VALUES ({', '.join(['%s'] * len(names))})"
-    if are_conditional:
-        # PostgreSQL does not see from a SELECT's place what types its values are to have.
-        cast = [f"CAST(%s AS {_type_of(MLRequest._meta.get_field(name))})" for name in names]
-        values = f"SELECT {', '.join(cast)} WHERE {HOLDS}"
-    return f"INSERT INTO {_table_and_columns()} {values}" + " RETURNING id" * (connection.vendor == "postgresql")
 
 
 def _type_of(field: models.Field) -> str:

@@ -27,41 +27,17 @@ class Statement:
     """SQL with %s for each parameter and no other percent sign."""
 
     def __init__(self, sql: str):
-        self._sql = sql
+        self.sql = sql
 
     @cached_property
     def _on_sqlite(self) -> str:
-        return self._sql.replace("%s", "?")
+        return self.sql.replace("%s", "?")
 
     def first_row(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> Sequence[Any] | None:
         return self._run(database, parameters, _fetched)
 
-    def first_rows_on_postgresql(
-        self, database: BaseDatabaseWrapper, parameters: Sequence[Sequence[Any]]
-    ) -> list[Sequence[Any] | None]:
-        """The first row for each set of parameters: all sent before any is waited for, and done or undone together."""
-        import psycopg  # only there with PostgreSQL
-
-        database.ensure_connection()
-        database.validate_no_broken_transaction()
-        driver = database.connection
-        with database.wrap_database_errors, ExitStack() as cursors:
-            asked = [cursors.enter_context(psycopg.Cursor(driver)) for _ in parameters]
-            try:
-                # Not driver.transaction(), which waits for the answers to BEGIN and to COMMIT.
-                with driver.pipeline():
-                    if not database.in_atomic_block:
-                        driver.execute("BEGIN")
-                    for cursor, values in zip(asked, parameters, strict=True):
-                        cursor.execute(self._sql, values, prepare=True)
-                    if not database.in_atomic_block:
-                        driver.execute("COMMIT")
-            except BaseException:
-                if not database.in_atomic_block:
-                    with suppress(psycopg.Error):  # where the connection itself was lost
-                        driver.rollback()
-                raise
-            return [cursor.fetchone() for cursor in asked]
+    def rows(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> list[Sequence[Any]]:
+        return self._run(database, parameters, _all_fetched)
 
     def last_id(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> int | None:
         """The id of the row that it inserted, as drivers tell it who have no RETURNING; None if it inserted none."""
@@ -71,7 +47,7 @@ class Statement:
         """On the driver's own cursor: Django's costs as much again as the statement, and serves those who watch."""
         if database.force_debug_cursor or database.execute_wrappers or database.vendor not in _DRIVERS:
             with database.cursor() as cursor:
-                cursor.execute(self._sql, parameters)
+                cursor.execute(self.sql, parameters)
                 return read(cursor)
         if database.connection is None:
             database.ensure_connection()
@@ -89,8 +65,39 @@ class Statement:
         # Django's cursors write the values into the SQL, and so have it planned anew each time, which costs more than
         # to run it.
         with Cursor(database.connection) as cursor:
-            cursor.execute(self._sql, parameters, prepare=True)
+            cursor.execute(self.sql, parameters, prepare=True)
             return read(cursor)
+
+
+def rows_together(
+    database: BaseDatabaseWrapper, asked: Sequence[tuple[Statement, Sequence[Any]]]
+) -> list[list[Sequence[Any]]]:
+    """The rows of each statement with its parameters, on PostgreSQL: all done or none, and waited for but once."""
+    if len(asked) == 1:
+        ((statement, parameters),) = asked
+        return [statement.rows(database, parameters)]
+    import psycopg  # only there with PostgreSQL
+
+    database.ensure_connection()
+    database.validate_no_broken_transaction()
+    driver = database.connection
+    with database.wrap_database_errors, ExitStack() as cursors:
+        answers = [cursors.enter_context(psycopg.Cursor(driver)) for _ in asked]
+        try:
+            # Not driver.transaction(), which waits for the answers to BEGIN and to COMMIT.
+            with driver.pipeline():
+                if not database.in_atomic_block:
+                    driver.execute("BEGIN")
+                for cursor, (statement, parameters) in zip(answers, asked, strict=True):
+                    cursor.execute(statement.sql, parameters, prepare=True)
+                if not database.in_atomic_block:
+                    driver.execute("COMMIT")
+        except BaseException:
+            if not database.in_atomic_block:
+                with suppress(psycopg.Error):  # where the connection itself was lost
+                    driver.rollback()
+            raise
+        return [cursor.fetchall() for cursor in answers]
 
 
 def was_dropped(database: BaseDatabaseWrapper) -> bool:
@@ -108,6 +115,7 @@ def was_dropped(database: BaseDatabaseWrapper) -> bool:
 
 
 _fetched = methodcaller("fetchone")
+_all_fetched = methodcaller("fetchall")
 
 
 def _last_id(cursor: Any) -> int | None:
