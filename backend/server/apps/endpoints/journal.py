@@ -305,12 +305,14 @@ def _insert_by_statements_of_many(
 
 
 def _insert_by_a_statement_each(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
-    """In PostgreSQL, which gives the ids back in the order of the rows."""
+    """In PostgreSQL a statement draws ids for its rows in the order that it asks for; that of its answer is open."""
     asked = [
         (_insert_statement(len(rows), premise is not None), _values(rows, premise)) for premise, rows in rows_of.items()
     ]
     found = rows_together(connections[DEFAULT_DB_ALIAS], asked)
-    return [[pk for (pk,) in ids] or [None] * len(rows) for ids, rows in zip(found, rows_of.values(), strict=True)]
+    return [
+        sorted(pk for (pk,) in ids) or [None] * len(rows) for ids, rows in zip(found, rows_of.values(), strict=True)
+    ]
 
 
 def _values(rows: Sequence[Row], premise: Premise | None) -> list[Any]:
@@ -326,18 +328,20 @@ def _insert_statement(rows: int, are_conditional: bool) -> Statement:
     names = NewRequest._fields
     insert, returning = f"INSERT INTO {_table_and_columns()}", ""
     values = ["%s"] * len(names)
-    if connection.vendor == "postgresql":
+    is_postgresql = connection.vendor == "postgresql"
+    if is_postgresql:
         returning = " RETURNING id"
-        if are_conditional:  # it does not see from a SELECT's place what types its values are to have
-            values = [f"CAST(%s AS {_type_of(MLRequest._meta.get_field(name))})" for name in names]
+        # It does not see from a SELECT's place what types its values are to have.
+        values = [f"CAST(%s AS {_type_of(MLRequest._meta.get_field(name))})" for name in names]
     row = ", ".join(values)
-    if not are_conditional:
-        return Statement(f"{insert} VALUES {', '.join([f'({row})'] * rows)}{returning}")
+    where = f" WHERE {HOLDS}" if are_conditional else ""
     if rows == 1:
-        return Statement(f"{insert} SELECT {row} WHERE {HOLDS}{returning}")
+        return Statement(f"{insert} SELECT {row}{where}{returning}")
+    if not (are_conditional or is_postgresql):
+        return Statement(f"{insert} VALUES {', '.join([f'({row})'] * rows)}")
     places = ", ".join(f"({row}, {place})" for place in range(rows))
     *columns, place = (f"column{number}" for number in range(1, len(names) + 2))
-    select = f"SELECT {', '.join(columns)} FROM (VALUES {places}) AS asked WHERE {HOLDS} ORDER BY {place}"
+    select = f"SELECT {', '.join(columns)} FROM (VALUES {places}) AS asked{where} ORDER BY {place}"
     return Statement(f"{insert} {select}{returning}")
 
 

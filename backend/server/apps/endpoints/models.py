@@ -324,6 +324,7 @@ class MLRequest(models.Model):
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     latency_ms = models.FloatField(editable=False, help_text="From the parsed call to the scored answer.")
     customer_key = models.CharField(max_length=MAX_KEY_LENGTH, blank=True, editable=False)
+    # On PostgreSQL triggers stand for both foreign keys (migration 0010).
     parent_mlalgorithm = models.ForeignKey(
         MLAlgorithm,
         on_delete=models.PROTECT,
