@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SHARED_ROWS = 100
 # In one statement: SQLite may take no more than 999 values.
 ROWS_OF_A_STATEMENT = 100
+# PostgreSQL keeps a plan for each number of rows up to this; others are rare, and their plans large.
+MOST_ROWS_PREPARED = 16
 
 
 class NewRequest(NamedTuple):
@@ -65,7 +67,6 @@ class NewRequests(NamedTuple):
 
 # As PostgreSQL's COPY reads them; the first first, as the others make it.
 _ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}
-_NULL = r"\N"
 
 Row = Sequence[Any]
 
@@ -254,25 +255,14 @@ def _insert(rows: list[Row], premise: Premise | None = None) -> Sequence[int | N
 
 def _insert_together(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
     """`_insert` for the rows of several premises, all in one transaction."""
-    most = max(map(len, rows_of.values()))
-    if connection.vendor == "postgresql" and (most <= SHARED_ROWS or None not in rows_of):
-        is_within = connection.in_atomic_block and most > 1
-        with transaction.atomic() if is_within else nullcontext():  # else a refused row would end the caller's
-            return _insert_by_a_statement_each(rows_of)
-    is_one_statement = len(rows_of) == 1 and most <= (ROWS_OF_A_STATEMENT if connection.vendor == "sqlite" else 1)
+    if connection.vendor == "postgresql":
+        return _insert_together_in_postgresql(rows_of)
+    most = ROWS_OF_A_STATEMENT if connection.vendor == "sqlite" else 1
+    is_one_statement = len(rows_of) == 1 and all(len(rows) <= most for rows in rows_of.values())
     with nullcontext() if is_one_statement else transaction.atomic():
-        return [_insert_for(premise, rows) for premise, rows in rows_of.items()]
-
-
-def _insert_for(premise: Premise | None, rows: list[Row]) -> Sequence[int | None]:
-    if connection.vendor == "sqlite":
-        return _insert_by_statements_of_many(rows, premise)
-    if connection.vendor != "postgresql":
-        return _insert_one_by_one(rows)
-    with _copying(len(rows)) as (ids, copy):
-        for pk, row in zip(ids, rows, strict=True):
-            copy.write_row([pk, *row])
-    return ids
+        if connection.vendor == "sqlite":
+            return [_insert_by_statements_of_many(rows, premise) for premise, rows in rows_of.items()]
+        return [_insert_one_by_one(rows) for rows in rows_of.values()]
 
 
 def _insert_one_by_one(rows: Sequence[Row]) -> list[int]:
@@ -290,12 +280,11 @@ def _insert_by_statements_of_many(
     """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other."""
     database = connections[DEFAULT_DB_ALIAS]
     ids, last_id = range(0), 0
-    for begin in range(0, len(rows), ROWS_OF_A_STATEMENT):
-        some = rows[begin : begin + ROWS_OF_A_STATEMENT]
-        last_id = _insert_statement(len(some), premise is not None).last_id(database, _values(some, premise))
+    for some, statement, values in _statements(rows, premise):
+        last_id = statement.last_id(database, values)
         if last_id is None:
             return [None] * len(rows)
-        if not begin:
+        if not ids:
             first_id = last_id - len(some) + 1
             ids = range(first_id, first_id + len(rows))
             told(ids)
@@ -304,22 +293,37 @@ def _insert_by_statements_of_many(
     return ids
 
 
-def _insert_by_a_statement_each(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
-    """In PostgreSQL a statement draws ids for its rows in the order that it asks for; that of its answer is open."""
-    asked = [
-        (_insert_statement(len(rows), premise is not None), _values(rows, premise)) for premise, rows in rows_of.items()
-    ]
-    found = rows_together(connections[DEFAULT_DB_ALIAS], asked)
-    return [
-        sorted(pk for (pk,) in ids) or [None] * len(rows) for ids, rows in zip(found, rows_of.values(), strict=True)
-    ]
+def _insert_together_in_postgresql(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
+    count = sum(map(len, rows_of.values()))
+    if count > SHARED_ROWS and [*rows_of] == [None]:
+        with transaction.atomic(), _copying(count) as (ids, copy):
+            for pk, row in zip(ids, rows_of[None], strict=True):
+                copy.write_row([pk, *row])
+        return [ids]
+    with transaction.atomic() if connection.in_atomic_block and count > 1 else nullcontext():
+        return _insert_by_a_pipeline(rows_of)
 
 
-def _values(rows: Sequence[Row], premise: Premise | None) -> list[Any]:
-    values = [*chain.from_iterable(rows)]
-    if premise:
-        values += premise.values(max(row[_CREATED_AT] for row in rows))
-    return values
+def _insert_by_a_pipeline(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
+    """A statement draws ids for its rows in the order that it asks for; that of its answer is open."""
+    pieces = [(premise, *piece) for premise, rows in rows_of.items() for piece in _statements(rows, premise)]
+    answers = rows_together(connections[DEFAULT_DB_ALIAS], [(statement, values) for _, _, statement, values in pieces])
+    ids_of: dict[Premise | None, list[int | None]] = {premise: [] for premise in rows_of}
+    for (premise, some, _, _), answer in zip(pieces, answers, strict=True):
+        ids_of[premise] += sorted(pk for (pk,) in answer) or [None] * len(some)
+    return [*ids_of.values()]
+
+
+def _statements(
+    rows: Sequence[Row], premise: Premise | None
+) -> Iterator[tuple[Sequence[Row], Statement, Sequence[Any]]]:
+    """Some of the rows after others, the statement that inserts them, and its values."""
+    # At one moment for all of them, so that the premise holds for all or none.
+    values_of_premise = premise.values(max(row[_CREATED_AT] for row in rows)) if premise else []
+    for begin in range(0, len(rows), ROWS_OF_A_STATEMENT):
+        some = rows[begin : begin + ROWS_OF_A_STATEMENT]
+        statement = _insert_statement(len(some), premise is not None)
+        yield some, statement, [*chain.from_iterable(some), *values_of_premise]
 
 
 @cache
@@ -342,7 +346,7 @@ def _insert_statement(rows: int, are_conditional: bool) -> Statement:
     places = ", ".join(f"({row}, {place})" for place in range(rows))
     *columns, place = (f"column{number}" for number in range(1, len(names) + 2))
     select = f"SELECT {', '.join(columns)} FROM (VALUES {places}) AS asked{where} ORDER BY {place}"
-    return Statement(f"{insert} {select}{returning}")
+    return Statement(f"{insert} {select}{returning}", prepare=rows <= MOST_ROWS_PREPARED)
 
 
 @contextmanager
@@ -406,9 +410,9 @@ def _lines(requests: NewRequests) -> pa.Array:
         str(requests.latency_ms),
         escaped(requests.customer_key),
         str(requests.parent_mlalgorithm_id),
-        _NULL,
+        pa.scalar(None, pa.string()),
     ]
-    return compute.binary_join_element_wise(*values, "\t")
+    return compute.binary_join_element_wise(*values, "\t", null_handling="replace", null_replacement=r"\N")
 
 
 def _numbered(ids: Sequence[int], lines: pa.Array) -> memoryview:

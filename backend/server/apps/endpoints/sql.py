@@ -24,10 +24,14 @@ _Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
 
 
 class Statement:
-    """SQL with %s for each parameter and no other percent sign."""
+    """SQL with %s for each parameter and no other percent sign.
 
-    def __init__(self, sql: str):
+    prepare: whether PostgreSQL is to keep its plan for it.
+    """
+
+    def __init__(self, sql: str, *, prepare: bool = True):
         self.sql = sql
+        self.prepare = prepare
 
     @cached_property
     def _on_sqlite(self) -> str:
@@ -65,7 +69,7 @@ class Statement:
         # Django's cursors write the values into the SQL, and so have it planned anew each time, which costs more than
         # to run it.
         with Cursor(database.connection) as cursor:
-            cursor.execute(self.sql, parameters, prepare=True)
+            cursor.execute(self.sql, parameters, prepare=self.prepare)
             return read(cursor)
 
 
@@ -89,7 +93,7 @@ def rows_together(
                 if not database.in_atomic_block:
                     driver.execute("BEGIN")
                 for cursor, (statement, parameters) in zip(answers, asked, strict=True):
-                    cursor.execute(statement.sql, parameters, prepare=True)
+                    cursor.execute(statement.sql, parameters, prepare=statement.prepare)
                 if not database.in_atomic_block:
                     driver.execute("COMMIT")
         except BaseException:

@@ -7,7 +7,7 @@ NAMED = {'parent_mlalgorithm_id': 'endpoints_mlalgorithm', 'abtest_id': 'endpoin
 # The lock waits for the requests that are being recorded, so that they are seen. (Those that wait for it are not. But
 # nothing here deletes what it guards, and who does it by hand does it to what serves nobody.)
 GUARD = """
-CREATE FUNCTION keep_what_requests_name() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION keep_what_requests_name() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = '5s' AS $$
 DECLARE
     requests text := format('%I.endpoints_mlrequest', TG_TABLE_SCHEMA);
     is_named boolean;
@@ -36,7 +36,7 @@ def guard_by_triggers(apps, schema_editor):
     with schema_editor.connection.cursor() as cursor:
         constraints = schema_editor.connection.introspection.get_constraints(cursor, REQUESTS)
     for name, constraint in constraints.items():
-        if constraint['foreign_key']:
+        if constraint['foreign_key'] and constraint['columns'][0] in NAMED:
             schema_editor.execute(f'ALTER TABLE {REQUESTS} DROP CONSTRAINT {schema_editor.quote_name(name)}')
     schema_editor.execute(GUARD, None)
     for column, table in NAMED.items():

@@ -10,15 +10,18 @@ from io import StringIO
 from unittest.mock import ANY
 
 import pytest
+from django.contrib.auth.models import User
 from django.core.exceptions import FieldError
 from django.core.management import call_command
 from django.db import DatabaseError, IntegrityError, connection, connections, transaction
 from django.db.models import JSONField
 from django.db.models.functions import Cast
 from django.utils import timezone
+from knox.models import AuthToken
 
-from apps.endpoints.journal import NewRequest, journal
+from apps.endpoints.journal import NewRequest, _Entry, _settle, journal, prepared
 from apps.endpoints.models import ABTest, FeedbackChange, MLAlgorithm, MLRequest
+from apps.endpoints.premise import Premise
 from apps.ml.registry import registry
 from conftest import make_customers
 
@@ -444,6 +447,49 @@ def test_of_rows_that_are_recorded_together_none_is_if_one_cannot_be(algorithms,
     assert written == (3 if connection.vendor == "sqlite" and broken in ("a\0b", "a" * 201) else 0)
     assert MLRequest.objects.count() == written
     assert journal.record([row._replace(customer_key="d") for row in rows])
+
+
+@pytest.fixture
+def holds(algorithms) -> Premise:
+    """Of a token that expires in an hour."""
+    registry.served("classifier")
+    known = registry.known("classifier")
+    token, _ = AuthToken.objects.create(User.objects.create_user("ann"), expiry=timedelta(hours=1))
+    return Premise(token.digest, known.endpoint_id, "classifier", known.newest_step)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("others", [1, 60, 150])
+@pytest.mark.parametrize("conditional", [1, 150])
+def test_a_request_whose_premise_fails_is_not_recorded_whoever_waits_beside_it(algorithms, holds, others, conditional):
+    algorithm = algorithms["random_forest"].pk
+
+    def rows(key: str, count: int) -> list[NewRequest]:
+        return prepared([NewRequest({}, {}, "1", 0.5, timezone.now(), 1.0, key, algorithm, None)] * count)
+
+    fails = holds._replace(newest_step=holds.newest_step - 1)
+    entries = [_Entry(rows("first", others)), _Entry(rows("second", others)), _Entry(rows("holds", 1), holds)]
+    entries += [_Entry(rows("fails", 1), fails) for _ in range(conditional)]
+
+    _settle(entries)
+
+    told = [pk for entry in entries[:3] for pk in entry.ids]
+    keys = [*["first"] * others, *["second"] * others, "holds"]
+    assert dict(zip(told, keys, strict=True)) == dict(MLRequest.objects.values_list("pk", "customer_key"))
+    assert {tuple(entry.ids) for entry in entries[3:]} == {(None,)}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_of_requests_around_the_end_of_a_token_none_is_recorded_without_being_told(algorithms, holds):
+    algorithm, now = algorithms["random_forest"].pk, timezone.now()
+    moments = [now] * 120 + [now + timedelta(hours=2)] * 30
+    rows = prepared([NewRequest({}, {}, "1", 0.5, moment, 1.0, "", algorithm, None) for moment in moments])
+    entries = [_Entry([row], holds) for row in rows]
+
+    _settle(entries)
+
+    assert {tuple(entry.ids) for entry in entries} == {(None,)}
+    assert not MLRequest.objects.exists()
 
 
 def test_what_was_asked_is_no_place_to_search_in_unless_it_is_cast(answered, customer):
