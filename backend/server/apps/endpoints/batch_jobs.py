@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# On SQLite other writers wait while a part is written, so there it is one chunk, which has fewer rows of a wide table,
-# since its characters are limited.
+# A chunk has so many rows, and fewer of a wide table, since its characters are limited. On SQLite, where other writers
+# wait while a part is written, a part is one chunk; elsewhere several, until they have so many rows.
 PART_ROWS = 5_000
+MOST_CHUNKS_OF_A_PART = 4
 CHECKING_THREADS = 2  # beside the one that reads
 BINS = 20
 MOST_FRUITLESS_TURNS = 5
@@ -554,11 +555,12 @@ class _Run:
 
 
 def _gathered(scored: Iterable[Scored]) -> Iterator[list[Scored]]:
-    """As many as are to be written at once: each by itself where whoever else writes has to wait for it."""
+    """What is to be written at once."""
     some: list[Scored] = []
+    most = 1 if connection.vendor == "sqlite" else MOST_CHUNKS_OF_A_PART
     for each in scored:
         some.append(each)
-        if connection.vendor == "sqlite" or sum(one.rows_read for one in some) >= PART_ROWS:
+        if len(some) == most or sum(one.rows_read for one in some) >= PART_ROWS:
             yield some
             some = []
     if some:

@@ -74,7 +74,7 @@ def _json(value: Any) -> str:
 def _numbers_as_json(cells: pa.Array, numbers: np.ndarray) -> pa.Array:
     """JSON that gives each number back; whole ones below 2**53 as integers, like `Column.parse`.
 
-    cells: how the numbers are spelled, null where one is missing.
+    cells: how the numbers are spelled, null where one is missing. One text may say 0.50 where another says 0.5.
     """
     import pyarrow as pa
     from pyarrow import compute
@@ -108,9 +108,8 @@ def _are_json(cells: pa.Array, is_whole: np.ndarray) -> bool:
         cells = cells.drop_null()
     if not len(cells):
         return True
-    _, offsets, text = cells.buffers()
-    bounds = np.frombuffer(offsets, dtype=np.int32)[cells.offset : cells.offset + len(cells) + 1]
-    characters = np.frombuffer(text, dtype=np.uint8)
+    bounds = _bounds(cells)
+    characters = np.frombuffer(cells.buffers()[2], dtype=np.uint8)
     begins, ends = bounds[:-1], bounds[1:]
     within = characters[begins[0] : ends[-1]]
     if (within - _MINUS > _NINE - _MINUS).any():
@@ -142,8 +141,8 @@ class CellReader:
         places = {name: str(place) for place, name in enumerate(header)}
         self._names = [name for name in (*schema.names, schema.identifier) if name in places]
         positions = [places[name] for name in self._names]  # and not names, as other columns may share one
-        types = {NUMERIC: pa.string()}
-        kinds = [types.get(column.kind, pa.dictionary(pa.int32(), pa.string())) for column in schema.columns]
+        distinct = pa.dictionary(pa.int32(), pa.string())
+        kinds = [pa.string() if column.kind == NUMERIC else distinct for column in schema.columns]
         self._options = {
             "read_options": csv.ReadOptions(
                 column_names=[str(place) for place in range(len(header))],
@@ -163,7 +162,7 @@ class CellReader:
     def read(self, records: Sequence[str]) -> Cells | None:
         """The cells of some lines that any reader of CSV splits alike; None if anything is wrong or doubtful."""
         import pyarrow as pa
-        from pyarrow import compute, csv
+        from pyarrow import csv
 
         text = "\n".join(records)
         if text.startswith(_BYTE_ORDER_MARK):  # here it is part of a cell, and pyarrow would drop it
@@ -186,13 +185,9 @@ class CellReader:
             if column.kind == NUMERIC:
                 missing += cells.null_count
                 try:
-                    numbers = cells.cast(pa.float64())
+                    read[column.name], numbers = _as_numbers(cells)
                 except pa.ArrowInvalid:
-                    cells = read[column.name] = compute.ascii_trim_whitespace(cells)
-                    try:
-                        numbers = cells.cast(pa.float64())
-                    except pa.ArrowInvalid:
-                        return None
+                    return None
                 matrix[:, position] = numbers.to_numpy(zero_copy_only=False)  # of null NaN
                 continue
             try:
@@ -213,7 +208,24 @@ class CellReader:
         return Cells(self._schema, self._schema.align_encoded(matrix, unseen), read, values)
 
 
+def _as_numbers(cells: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """The cells, without blanks where that was needed, and the numbers that they spell. Raises pyarrow.ArrowInvalid."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    try:
+        return cells, cells.cast(pa.float64())
+    except pa.ArrowInvalid:
+        trimmed = compute.ascii_trim_whitespace(cells)
+        return trimmed, trimmed.cast(pa.float64())
+
+
+def _bounds(cells: pa.Array) -> np.ndarray:
+    """Where each cell begins in the bytes of all, and where the last ends."""
+    _, offsets, _ = cells.buffers()
+    return np.frombuffer(offsets, dtype=np.int32)[cells.offset : cells.offset + len(cells) + 1]
+
+
 def _longest(cells: pa.Array) -> int:
     """The number of bytes of the longest cell, which has no more characters."""
-    _, offsets, _ = cells.buffers()
-    return int(np.diff(np.frombuffer(offsets, dtype=np.int32)[: len(cells) + 1]).max())
+    return int(np.diff(_bounds(cells)).max())
