@@ -188,12 +188,6 @@ with connection.cursor() as cursor:
     cursor.execute("DROP TABLE IF EXISTS again")
     if connection.vendor == "postgresql":
         cursor.execute(f"CREATE TABLE again (LIKE {name} INCLUDING ALL)")
-        cursor.execute(
-            "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = %s::regclass AND contype = 'f'",
-            [name],
-        )
-        for (foreign_key,) in cursor.fetchall():
-            cursor.execute(f"ALTER TABLE again ADD {foreign_key}")
         with cursor.copy(f"COPY (SELECT * FROM {name} LIMIT {most}) TO STDOUT") as copy:
             rows = b"".join(copy).splitlines(keepends=True)
     else:
