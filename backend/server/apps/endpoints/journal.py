@@ -249,7 +249,7 @@ def insert_in_bulk(prepared: list[Row] | pa.Array, told: Callable[[Sequence[int]
 
 def _insert(rows: list[Row], premise: Premise | None = None) -> Sequence[int | None]:
     """Insert rows in one transaction; returns the id of each, all None where their premise fails."""
-    (ids,) = _insert_together({premise: rows})
+    (ids,) = _insert_together({premise: rows}) if rows else ([],)
     return ids
 
 

@@ -492,6 +492,11 @@ def test_of_requests_around_the_end_of_a_token_none_is_recorded_without_being_to
     assert not MLRequest.objects.exists()
 
 
+@pytest.mark.django_db(transaction=True)
+def test_to_record_nothing_is_no_error(algorithms):
+    assert journal.record([]) == []
+
+
 def test_what_was_asked_is_no_place_to_search_in_unless_it_is_cast(answered, customer):
     orders = customer["Orders"]
     for search in ({"__Orders": orders}, {"__has_key": "Orders"}, {"__contains": {"Orders": orders}}, {"": customer}):
