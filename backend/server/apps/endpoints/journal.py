@@ -300,6 +300,7 @@ def _insert_together_in_postgresql(rows_of: Mapping[Premise | None, list[Row]]) 
             for pk, row in zip(ids, rows_of[None], strict=True):
                 copy.write_row([pk, *row])
         return [ids]
+    # Without a savepoint a refused row would end the caller's transaction, as one by itself does.
     with transaction.atomic() if connection.in_atomic_block and count > 1 else nullcontext():
         return _insert_by_a_pipeline(rows_of)
 
