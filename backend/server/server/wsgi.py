@@ -37,7 +37,14 @@ def fill_registry() -> None:
         connections.close_all()
 
 
+def look_after_the_log() -> None:
+    from apps.endpoints import checkpoints
+
+    checkpoints.begin()
+
+
 fill_registry()
+look_after_the_log()
 
 # What Django looks after at each request, and nothing here keeps: a list of queries, and connections to caches.
 if not settings.DEBUG:

@@ -39,7 +39,7 @@ def in_turn(write: Callable[[], T]) -> T:
     Others, who know nothing of turns, may hold the file, and whose turn it is waits for them as SQLite does. Whoever
     has waited long for a turn goes on without one, so that nobody's patience adds to another's.
     """
-    lock = _lock()
+    lock = _lock("turn")
     if lock is None:
         return write()
     began = time.monotonic()
@@ -55,20 +55,35 @@ def in_turn(write: Callable[[], T]) -> T:
     return write()
 
 
+def take_for_good(what: str) -> bool:
+    """Whether it falls to this process to see to something until it ends; where there are no locks, to each of them."""
+    lock = _lock(what)
+    if lock is None:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # of a file system without locks
+        pass
+    return True
+
+
 def _change(lock: int, to: int) -> None:
     with suppress(OSError):  # of a file system without locks: SQLite has its own
         fcntl.flock(lock, to)
 
 
 @cache
-def _lock() -> int | None:
+def _lock(what: str) -> int | None:
     """The open file that is locked, beside the database; None for a database in memory, and where there can be none."""
     path = Path(connection.settings_dict["NAME"])
     if fcntl is None or connection.vendor != "sqlite" or not path.is_file():
         return None
     try:
         like = path.stat()
-        lock = os.open(path.with_name(f"{path.name}-turn"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, like.st_mode & 0o777)
+        beside = path.with_name(f"{path.name}-{what}")
+        lock = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, like.st_mode & 0o777)
         if os.geteuid() == 0:  # as SQLite does it, so that the server's own user may open it too
             os.fchown(lock, like.st_uid, like.st_gid)
     except OSError as error:

@@ -12,7 +12,7 @@ from django.core.management.base import CommandParser
 from django.db import DatabaseError, InterfaceError, connection
 from django.utils import timezone
 
-from apps.endpoints import batch_jobs, kept_reports, shadow
+from apps.endpoints import batch_jobs, checkpoints, kept_reports, shadow
 from apps.endpoints.management.base import BaseCommand
 from apps.endpoints.models import BatchJob
 
@@ -48,6 +48,7 @@ class Command(BaseCommand):
                 follow_shadows(stopping, once=True)
                 keep_reports(stopping, once=True)
             else:
+                checkpoints.begin()
                 # Nobody waits for a count to end: whoever comes next counts anew.
                 threading.Thread(target=keep_reports, args=[stopping], daemon=True).start()
                 shadows = threading.Thread(target=follow_shadows, args=[stopping], daemon=True)

@@ -1,0 +1,63 @@
+"""A thread of its own brings SQLite's write-ahead log into the database file.
+
+Left to itself, SQLite lets somebody's commit do so when the log has grown, and all who want to write wait with him,
+for the disk too. Beside this thread they go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from django.db import DatabaseError, InterfaceError, connection
+
+from apps.endpoints.turns import in_turn, take_for_good
+
+logger = logging.getLogger(__name__)
+
+# Seconds. What was committed since is what SQLITE_SYNCHRONOUS=NORMAL may lose with the power.
+PAUSE = 0.25
+# Pages of 4 KB. SQLite begins the log anew when all of it has been copied; while others write without a pause, that
+# comes to pass only if they wait for the last few pages.
+LONG_LOG = 8_000
+# Seconds until it is tried again after an error, or by the next process, which is there if this one dies.
+LATER = 1
+
+
+def begin() -> None:
+    """Copy from now on, in one of the processes that ask for it; nothing where the database is no SQLite file."""
+    if connection.vendor == "sqlite" and not connection.is_in_memory_db():
+        threading.Thread(target=_go_on, name="checkpoints", daemon=True).start()
+
+
+def copy_log() -> None:
+    """Copy and flush what is in the log, as far as nobody reads what was before it. Raises django.db.Error."""
+    _, pages, _ = _checkpoint()
+    if pages > LONG_LOG:
+        in_turn(_checkpoint)
+
+
+def _checkpoint() -> tuple[int, int, int]:
+    """Whether somebody else is at it, pages in the log, and those of them that are in the file. Waits for nobody."""
+    with connection.cursor() as cursor:
+        cursor.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        return cursor.fetchone()
+
+
+def _go_on() -> None:
+    while not take_for_good("checkpoints"):
+        time.sleep(LATER)
+    was_told = False
+    while True:
+        try:
+            copy_log()
+        except (DatabaseError, InterfaceError) as error:
+            if not was_told:
+                logger.error("SQLite's write-ahead log cannot be copied (%s); trying again.", error)
+            was_told = True
+            connection.close()
+            time.sleep(LATER)
+        else:
+            was_told = False
+            time.sleep(PAUSE)
