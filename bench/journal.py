@@ -89,8 +89,10 @@ def _load(way: str, callers: int, seconds: float, algorithm: int, ready: Any, to
     django.setup()
     from django.utils import timezone
 
+    from apps.endpoints import checkpoints
     from apps.endpoints.journal import NewRequest
 
+    checkpoints.begin()
     record, times = WAYS[way](), []
     customer = {f"Column{number}": number * 1.5 for number in range(12)}
 

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 
-from django.db import DatabaseError, InterfaceError, connection
+from django.db import connection
 
 from apps.endpoints.turns import in_turn, take_for_good
 
@@ -52,7 +52,7 @@ def _go_on() -> None:
     while True:
         try:
             copy_log()
-        except (DatabaseError, InterfaceError) as error:
+        except Exception as error:  # whatever it is, nobody else does it while this process holds on to it
             if not was_told:
                 logger.error("SQLite's write-ahead log cannot be copied (%s); trying again.", error)
             was_told = True
