@@ -120,8 +120,8 @@ if _database["ENGINE"] == "django.db.backends.sqlite3":
     _database["OPTIONS"] = {
         "timeout": 20,
         "transaction_mode": "IMMEDIATE",
-        # A server's thread copies the log into the file (checkpoints). Where there is none, somebody's commit does it
-        # at 80 MB.
+        # A thread of a server or a worker copies the log into the file (checkpoints). Where neither runs, somebody's
+        # commit does it at 80 MB.
         "init_command": (
             f"PRAGMA journal_mode=WAL; PRAGMA synchronous={_synchronous}; PRAGMA wal_autocheckpoint=20000;"
         ),

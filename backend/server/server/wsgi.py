@@ -10,6 +10,7 @@ from django.core.cache import close_caches
 from django.core.signals import request_finished, request_started
 from django.db import reset_queries
 
+from apps.endpoints import checkpoints
 from server.handler import Handler
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "server.settings")
@@ -37,14 +38,8 @@ def fill_registry() -> None:
         connections.close_all()
 
 
-def look_after_the_log() -> None:
-    from apps.endpoints import checkpoints
-
-    checkpoints.begin()
-
-
 fill_registry()
-look_after_the_log()
+checkpoints.begin()
 
 # What Django looks after at each request, and nothing here keeps: a list of queries, and connections to caches.
 if not settings.DEBUG:

@@ -140,11 +140,11 @@ def test_where_there_are_no_locks_everybody_writes_all_the_same(env, tmp_path):
         "import fcntl, sys\n"
         "def refuse(*args): raise OSError('No locks available')\n"
         "fcntl.flock = refuse\n"
-        "from apps.endpoints.turns import in_turn\n"
-        "sys.stdout.write(in_turn(lambda: 'written'))"
+        "from apps.endpoints.turns import in_turn, take_for_good\n"
+        "sys.stdout.write(in_turn(lambda: 'written') + str(take_for_good('checkpoints')))"
     )
 
-    assert processes.manage("shell", "--no-imports", "-c", script, env=env).stdout == "written"
+    assert processes.manage("shell", "--no-imports", "-c", script, env=env).stdout == "writtenTrue"
 
 
 def test_without_a_file_there_is_nothing_to_wait_for(db):

@@ -16,45 +16,49 @@ from apps.endpoints.turns import in_turn, take_for_good
 
 logger = logging.getLogger(__name__)
 
-# Seconds. What was committed since is what SQLITE_SYNCHRONOUS=NORMAL may lose with the power.
+# Seconds. About what SQLITE_SYNCHRONOUS=NORMAL may lose with the power, unless somebody's reading takes long.
 PAUSE = 0.25
 # Pages of 4 KB. SQLite begins the log anew when all of it has been copied; while others write without a pause, that
 # comes to pass only if they wait for the last few pages.
 LONG_LOG = 8_000
-# Seconds until it is tried again after an error, or by the next process, which is there if this one dies.
+# Seconds between tries: after an error, and of processes that would take over.
 LATER = 1
 
 
 def begin() -> None:
     """Copy from now on, in one of the processes that ask for it; nothing where the database is no SQLite file."""
     if connection.vendor == "sqlite" and not connection.is_in_memory_db():
-        threading.Thread(target=_go_on, name="checkpoints", daemon=True).start()
+        threading.Thread(target=_keep_copying, name="checkpoints", daemon=True).start()
 
 
 def copy_log() -> None:
-    """Copy and flush what is in the log, as far as nobody reads what was before it. Raises django.db.Error."""
+    """Copy and flush what is in the log; not what was committed since somebody began to read who has not ended.
+
+    If the log is long, once more while those who take turns wait.
+    """
     _, pages, _ = _checkpoint()
     if pages > LONG_LOG:
         in_turn(_checkpoint)
 
 
 def _checkpoint() -> tuple[int, int, int]:
-    """Whether somebody else is at it, pages in the log, and those of them that are in the file. Waits for nobody."""
+    """Whether somebody else is at it, pages in the log, and those of them that are in the file."""
     with connection.cursor() as cursor:
+        # The other kinds keep writers out while they wait for readers.
         cursor.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return cursor.fetchone()
 
 
-def _go_on() -> None:
+def _keep_copying() -> None:
     while not take_for_good("checkpoints"):
         time.sleep(LATER)
     was_told = False
     while True:
         try:
             copy_log()
-        except Exception as error:  # whatever it is, nobody else does it while this process holds on to it
+        except Exception as error:  # whatever it is: as long as this process lives, no other one takes over
             if not was_told:
-                logger.error("SQLite's write-ahead log cannot be copied (%s); trying again.", error)
+                logger.error("SQLite's write-ahead log cannot be copied (%s); trying again.", error, exc_info=True)
             was_told = True
             connection.close()
             time.sleep(LATER)

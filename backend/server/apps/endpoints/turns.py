@@ -1,4 +1,4 @@
-"""Processes that write into one SQLite file take turns.
+"""Processes that write into one SQLite file take turns, or agree on who does a job for all of them.
 
 SQLite lets a writer who finds the file locked sleep for a millisecond or longer and try again, while a row takes a
 tenth of that. Here the next one is woken as soon as the file is free.
@@ -55,9 +55,12 @@ def in_turn(write: Callable[[], T]) -> T:
     return write()
 
 
-def take_for_good(what: str) -> bool:
-    """Whether it falls to this process to see to something until it ends; where there are no locks, to each of them."""
-    lock = _lock(what)
+def take_for_good(job: str) -> bool:
+    """Whether it falls to this process to see to a job until it ends; where there are no locks, to each of them.
+
+    A process that it forks would hold on to it after its end.
+    """
+    lock = _lock(job)
     if lock is None:
         return True
     try:
@@ -76,7 +79,10 @@ def _change(lock: int, to: int) -> None:
 
 @cache
 def _lock(what: str) -> int | None:
-    """The open file that is locked, beside the database; None for a database in memory, and where there can be none."""
+    """The open file that is locked, beside the database, whose name ends on what it is for.
+
+    None for a database in memory, and where there can be none.
+    """
     path = Path(connection.settings_dict["NAME"])
     if fcntl is None or connection.vendor != "sqlite" or not path.is_file():
         return None
@@ -87,7 +93,7 @@ def _lock(what: str) -> int | None:
         if os.geteuid() == 0:  # as SQLite does it, so that the server's own user may open it too
             os.fchown(lock, like.st_uid, like.st_gid)
     except OSError as error:
-        logger.warning("Processes cannot take turns at %s, and are slower for it: %s", path, error)
+        logger.warning("Processes cannot lock a file beside %s, and are slower for it: %s", path, error)
         return None
     return lock
 
