@@ -35,13 +35,18 @@ CLIENTS = 8
 PATIENCE = 60
 
 
+def granian(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
+    """Without a worker of batch jobs, which gunicorn has not either."""
+    return contestants.on_sqlite(stack, subject, folder, port, BATCH_WORKERS="0")
+
+
 def gunicorn(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
     command = [sys.executable, "-m", "gunicorn", "--config", str(BACKEND / "gunicorn.conf.py"), "server.wsgi"]
     return replace(contestants.on_sqlite(stack, subject, folder, port), command=command)
 
 
 SERVERS = (
-    Contestant("granian", "granian", contestants.on_sqlite, **contestants.OURS),
+    Contestant("granian", "granian", granian, **contestants.OURS),
     Contestant("gunicorn", "gunicorn", gunicorn, **contestants.OURS),
 )
 

@@ -322,7 +322,7 @@ def test_an_sqlite_connection_writes_ahead_waits_for_locks_and_is_durable_enough
         "busy_timeout": 20_000,
         "synchronous": 1,
         "foreign_keys": 1,
-        "wal_autocheckpoint": 20_000,
+        "wal_autocheckpoint": 40_000,
     }
 
 

@@ -16,10 +16,13 @@ from apps.endpoints.turns import in_turn, take_for_good
 
 logger = logging.getLogger(__name__)
 
-# Seconds. About what SQLITE_SYNCHRONOUS=NORMAL may lose with the power, unless somebody's reading takes long.
-PAUSE = 0.25
-# Pages of 4 KB. SQLite begins the log anew when all of it has been copied; while others write without a pause, that
-# comes to pass only if they wait for the last few pages.
+# Seconds. About what SQLITE_SYNCHRONOUS=NORMAL may lose with the power, unless somebody's reading takes long. Whoever
+# begins the log anew waits for the disk, so a log that grows slowly is not copied often.
+PAUSE = 2
+SHORT_PAUSE = 0.25
+# Pages of 4 KB: of a log that grows fast, and of a long one. SQLite begins it anew when all of it has been copied; while
+# others write without a pause, that comes to pass only if they wait for what is left, and for the disk.
+GROWING_LOG = 1_000
 LONG_LOG = 8_000
 # Seconds between tries: after an error, and of processes that would take over.
 LATER = 1
@@ -31,14 +34,16 @@ def begin() -> None:
         threading.Thread(target=_keep_copying, name="checkpoints", daemon=True).start()
 
 
-def copy_log() -> None:
-    """Copy and flush what is in the log; not what was committed since somebody began to read who has not ended.
+def copy_log() -> int:
+    """Copy and flush what is in the log, and return how many pages that is.
 
-    If the log is long, once more while those who take turns wait.
+    Not what was committed since somebody began to read who has not ended. If the log is long, it is copied once more
+    while those who take turns wait.
     """
     _, pages, _ = _checkpoint()
     if pages > LONG_LOG:
         in_turn(_checkpoint)
+    return pages
 
 
 def _checkpoint() -> tuple[int, int, int]:
@@ -55,7 +60,7 @@ def _keep_copying() -> None:
     was_told = False
     while True:
         try:
-            copy_log()
+            pages = copy_log()
         except Exception as error:  # whatever it is: as long as this process lives, no other one takes over
             if not was_told:
                 logger.error("SQLite's write-ahead log cannot be copied (%s); trying again.", error, exc_info=True)
@@ -64,4 +69,4 @@ def _keep_copying() -> None:
             time.sleep(LATER)
         else:
             was_told = False
-            time.sleep(PAUSE)
+            time.sleep(SHORT_PAUSE if pages > GROWING_LOG else PAUSE)
