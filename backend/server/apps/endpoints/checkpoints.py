@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 # begins the log anew waits for the disk, so a log that grows slowly is not copied often.
 PAUSE = 2
 SHORT_PAUSE = 0.25
-# Pages of 4 KB: of a log that grows fast, and of a long one. SQLite begins it anew when all of it has been copied; while
-# others write without a pause, that comes to pass only if they wait for what is left, and for the disk.
+# Pages of 4 KB: of a log that grows fast, and of a long one. SQLite begins it anew when all of it has been copied;
+# while others write without a pause, that comes to pass only if they wait for what is left, and for the disk.
 GROWING_LOG = 1_000
 LONG_LOG = 8_000
 # Seconds between tries: after an error, and of processes that would take over.
