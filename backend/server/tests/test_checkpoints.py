@@ -19,18 +19,6 @@ from tests import processes
 PREDICT = "/api/v1/classifier/predict?status=production"
 
 
-@pytest.fixture
-def database(tmp_path):
-    return tmp_path / "d.sqlite3"
-
-
-@pytest.fixture
-def env(database, trained):
-    env = processes.environment(f"sqlite:///{database}", trained, DEBUG="1", LOG_LEVEL="WARNING")
-    processes.manage("migrate", env=env)
-    return env
-
-
 def connected(database):
     """A connection that never copies the log itself, until it closes as the last."""
     connection = sqlite3.connect(database, isolation_level=None)

@@ -45,18 +45,6 @@ for pid in (first, second):
 PREDICT = "/api/v1/classifier/predict?status=production"
 
 
-@pytest.fixture
-def database(tmp_path):
-    return tmp_path / "d.sqlite3"
-
-
-@pytest.fixture
-def env(database, trained):
-    env = processes.environment(f"sqlite:///{database}", trained, DEBUG="1", LOG_LEVEL="WARNING")
-    processes.manage("migrate", env=env)
-    return env
-
-
 def moments_of(env, tmp_path, lasts, end="over"):
     """When the first process began and, if it did, ended its turn, and the second one."""
     path = tmp_path / "moments"
