@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import cache
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connection, connections, models, transaction
 
@@ -21,7 +21,7 @@ from apps.endpoints.json_text import dumps
 from apps.endpoints.models import MLRequest
 from apps.endpoints.premise import HOLDS, Premise
 from apps.endpoints.sql import Statement, rows_together, was_dropped
-from apps.endpoints.turns import in_turn
+from apps.endpoints.turns import NotFree, in_turn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,8 +70,10 @@ _ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}
 
 Row = Sequence[Any]
 
+T = TypeVar("T")
 
-class _Entry:
+
+class Entry:
     """The rows of one call; `ids` or `error` once they were written or refused.
 
     premise: of each of the rows, if they have one; their ids are None where it did not hold.
@@ -96,7 +98,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._waiting: list[_Entry] = []
+        self._waiting: list[Entry] = []
         self._someone_writes = False
 
     def record(self, requests: Sequence[NewRequest]) -> Sequence[int]:
@@ -106,7 +108,7 @@ class Journal:
         """
         if connection.in_atomic_block or len(requests) > SHARED_ROWS:
             return insert(requests)
-        return self._settled(_Entry(prepared(requests)))
+        return self._settled(Entry(prepared(requests)))
 
     def can_record_if(self) -> bool:
         """Whether this thread's connection is one on which `record_if` works, and open as far as can be seen.
@@ -130,12 +132,12 @@ class Journal:
         On SQLite and PostgreSQL only. Raises django.db.Error.
         """
         database = connections[DEFAULT_DB_ALIAS]
-        row = _row(request, database.ops.adapt_datetimefield_value)
+        entry = conditional(premise, request, database.ops.adapt_datetimefield_value)
         if database.in_atomic_block:
-            return _insert([row], premise)[0]
-        return self._settled(_Entry([row], premise))[0]
+            return _insert(entry.rows, premise)[0]
+        return self._settled(entry)[0]
 
-    def _settled(self, entry: _Entry) -> Sequence[int | None]:
+    def _settled(self, entry: Entry) -> Sequence[int | None]:
         """The ids of an entry's rows, after this thread or another has written them."""
         try:
             with self._mutex:
@@ -152,7 +154,7 @@ class Journal:
             raise entry.error
         return entry.ids
 
-    def _give_up(self, entry: _Entry) -> None:
+    def _give_up(self, entry: Entry) -> None:
         """The entry's thread was interrupted while it waited. If it was its turn to write, it writes for the others."""
         with self._mutex:
             if entry in self._waiting:
@@ -162,12 +164,12 @@ class Journal:
 
     def _write_all_that_wait(self) -> None:
         """Settle whatever waits, one's own entry included, and then let the first of those that came since write."""
-        group: list[_Entry] = []
+        group: list[Entry] = []
         try:
             with self._mutex:
                 group, self._waiting = self._waiting, []
             if group:
-                _settle(group)
+                settle(group)
         finally:
             with self._mutex:
                 next_one = self._waiting[0] if self._waiting else None
@@ -181,9 +183,20 @@ class Journal:
                 entry.turn.release()
 
 
-def _settle(group: list[_Entry]) -> None:
+def conditional(premise: Premise, request: NewRequest, adapted_time: Callable[[datetime], Any]) -> Entry:
+    """What is recorded if the premise holds."""
+    return Entry([_row(request, adapted_time)], premise)
+
+
+def settle(group: list[Entry], when: Callable[[Callable[[], T]], T] = in_turn) -> None:
+    """Write the rows of entries in one transaction, and give each its ids or its error.
+
+    when: in_turn or at_once. Raises NotFree, and has written nothing, if it is not in_turn and would have to wait.
+    """
     try:
-        ids_of_entries = in_turn(lambda: _insert_entries(group))
+        ids_of_entries = when(lambda: _insert_entries(group))
+    except NotFree:
+        raise
     except (OperationalError, InterfaceError) as error:  # the database's trouble, and so everybody's
         for entry in group:
             entry.error = type(error)(*error.args)
@@ -191,18 +204,20 @@ def _settle(group: list[_Entry]) -> None:
         if len(group) == 1:
             group[0].error = error
             return
+        if when is not in_turn:
+            raise NotFree from error  # one after the other they take longer
         for entry in group:  # somebody's rows; the others shall not suffer for them
-            _settle([entry])
+            settle([entry])
     else:
         for entry, ids in ids_of_entries:
             entry.ids = ids
 
 
-def _insert_entries(group: list[_Entry]) -> list[tuple[_Entry, Sequence[int | None]]]:
+def _insert_entries(group: list[Entry]) -> list[tuple[Entry, Sequence[int | None]]]:
     """Insert the rows of entries in one transaction; returns each entry with the ids of its rows."""
     if len(group) == 1:
         return [(group[0], _insert(group[0].rows, group[0].premise))]
-    entries_of: dict[Premise | None, list[_Entry]] = defaultdict(list)
+    entries_of: dict[Premise | None, list[Entry]] = defaultdict(list)
     for entry in group:
         entries_of[entry.premise].append(entry)
     rows_of = {premise: [row for one in entries for row in one.rows] for premise, entries in entries_of.items()}

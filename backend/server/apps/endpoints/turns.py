@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from django.db import connection
+from django.db import OperationalError, connection
 
 try:
     import fcntl
@@ -55,6 +55,38 @@ def in_turn(write: Callable[[], T]) -> T:
     return write()
 
 
+class NotFree(Exception):
+    """Somebody else writes; nothing has been written."""
+
+
+def at_once(write: Callable[[], T]) -> T:
+    """`in_turn` for who must wait for nobody. Raises NotFree.
+
+    write: one transaction, on a connection that does not wait for SQLite's own lock either.
+    """
+    lock = _lock("turn")
+    try:
+        return write() if lock is None else _at_once(lock, write)
+    except OperationalError as error:
+        # The lowest byte says what it is, the others why.
+        if getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+            raise NotFree from None
+        raise
+
+
+def _at_once(lock: int, write: Callable[[], T]) -> T:
+    if not _threads.acquire(blocking=False):
+        raise NotFree
+    try:
+        _change(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return write()
+    except BlockingIOError:
+        raise NotFree from None
+    finally:
+        _change(lock, fcntl.LOCK_UN)
+        _threads.release()
+
+
 def take_for_good(job: str) -> bool:
     """Whether it falls to this process to see to a job until it ends; where there are no locks, to each of them.
 
@@ -64,17 +96,20 @@ def take_for_good(job: str) -> bool:
     if lock is None:
         return True
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _change(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # of a file system without locks
-        pass
     return True
 
 
 def _change(lock: int, to: int) -> None:
-    with suppress(OSError):  # of a file system without locks: SQLite has its own
+    """Raises BlockingIOError where it is not to wait, and would."""
+    try:
         fcntl.flock(lock, to)
+    except BlockingIOError:
+        raise
+    except OSError:  # of a file system without locks: SQLite has its own
+        pass
 
 
 @cache

@@ -19,7 +19,7 @@ from django.db.models.functions import Cast
 from django.utils import timezone
 from knox.models import AuthToken
 
-from apps.endpoints.journal import NewRequest, _Entry, _settle, journal, prepared
+from apps.endpoints.journal import Entry, NewRequest, journal, prepared, settle
 from apps.endpoints.models import ABTest, FeedbackChange, MLAlgorithm, MLRequest
 from apps.endpoints.premise import Premise
 from apps.ml.registry import registry
@@ -468,10 +468,10 @@ def test_a_request_whose_premise_fails_is_not_recorded_whoever_waits_beside_it(a
         return prepared([NewRequest({}, {}, "1", 0.5, timezone.now(), 1.0, key, algorithm, None)] * count)
 
     fails = holds._replace(newest_step=holds.newest_step - 1)
-    entries = [_Entry(rows("first", others)), _Entry(rows("second", others)), _Entry(rows("holds", 1), holds)]
-    entries += [_Entry(rows("fails", 1), fails) for _ in range(conditional)]
+    entries = [Entry(rows("first", others)), Entry(rows("second", others)), Entry(rows("holds", 1), holds)]
+    entries += [Entry(rows("fails", 1), fails) for _ in range(conditional)]
 
-    _settle(entries)
+    settle(entries)
 
     told = [pk for entry in entries[:3] for pk in entry.ids]
     keys = [*["first"] * others, *["second"] * others, "holds"]
@@ -484,9 +484,9 @@ def test_of_requests_around_the_end_of_a_token_none_is_recorded_without_being_to
     algorithm, now = algorithms["random_forest"].pk, timezone.now()
     moments = [now] * 120 + [now + timedelta(hours=2)] * 30
     rows = prepared([NewRequest({}, {}, "1", 0.5, moment, 1.0, "", algorithm, None) for moment in moments])
-    entries = [_Entry([row], holds) for row in rows]
+    entries = [Entry([row], holds) for row in rows]
 
-    _settle(entries)
+    settle(entries)
 
     assert {tuple(entry.ids) for entry in entries} == {(None,)}
     assert not MLRequest.objects.exists()

@@ -1,0 +1,130 @@
+"""Record what an event loop answers: all that comes within one round of it in one transaction.
+
+Where nobody is kept waiting the loop writes by itself, which costs least: into SQLite when nobody else writes. Else a
+thread does; the loop goes on, and what it answers meanwhile is written together afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from django.db import OperationalError, connection
+
+from apps.endpoints.journal import Entry, NewRequest, conditional, journal, settle
+from apps.endpoints.premise import Premise
+from apps.endpoints.turns import NotFree, at_once, in_turn
+
+Group = Sequence[tuple[Entry, "asyncio.Future[int | None]"]]
+
+# PRAGMA synchronous: up to this a commit does not wait for the disk.
+_NORMAL = 1
+
+
+async def record_if(premise: Premise, request: NewRequest) -> int | None:
+    """`Journal.record_if` for the running event loop.
+
+    None, and nothing recorded, also where the connection does not serve for that. Raises django.db.Error.
+    """
+    global _journal
+    loop = asyncio.get_running_loop()
+    if _journal is None or _journal.loop is not loop:
+        _journal = _LoopJournal(loop)
+    return await _journal.record_if(premise, request)
+
+
+class _LoopJournal:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        # Under a loop, connections belong to contexts: here to this one, in place of one for each request.
+        self._context = contextvars.copy_context()
+        self._adapted_time = self._context.run(lambda: connection.ops.adapt_datetimefield_value)
+        self._driver: Any = None
+        self._waits_for_disk = True
+        self._waiting: list[tuple[Entry, asyncio.Future[int | None]]] = []
+        self._is_writing = False
+        self._for_thread: SimpleQueue[Group] = SimpleQueue()
+        threading.Thread(target=self._write_in_thread, name="journal", daemon=True).start()
+
+    async def record_if(self, premise: Premise, request: NewRequest) -> int | None:
+        told = self.loop.create_future()
+        self._waiting.append((conditional(premise, request, self._adapted_time), told))
+        if not self._is_writing:
+            self._is_writing = True
+            self._write_soon()
+        return await told
+
+    def _write_soon(self) -> None:
+        """After whatever else has come in this round of the loop."""
+        self.loop.call_soon(self._write, context=self._context)
+
+    def _write(self) -> None:
+        group, self._waiting = self._waiting, []
+        if self._has_written(group):
+            self._tell(group)
+        else:
+            self._for_thread.put(group)
+
+    def _has_written(self, group: Group) -> bool:
+        try:
+            if connection.vendor != "sqlite" or self._would_wait():
+                return False
+            _settle(group, at_once)
+        except Exception:  # NotFree, or of a connection that cannot be opened, as the thread will find, and tell
+            return False
+        return True
+
+    def _would_wait(self) -> bool:
+        """Whether commits wait for the disk. From now on none waits for somebody else's."""
+        connection.ensure_connection()
+        if connection.connection is not self._driver:
+            driver = connection.connection
+            driver.execute("PRAGMA busy_timeout = 0")
+            ((synchronous,),) = driver.execute("PRAGMA synchronous")
+            self._driver, self._waits_for_disk = driver, synchronous > _NORMAL
+        return self._waits_for_disk
+
+    def _write_in_thread(self) -> None:
+        while True:
+            group = self._for_thread.get()
+            _settle(group, in_turn)
+            self.loop.call_soon_threadsafe(self._tell, group)
+
+    def _tell(self, group: Group) -> None:
+        for entry, told in group:
+            if told.done():  # who asked was given up
+                continue
+            if entry.error is not None:
+                told.set_exception(entry.error)
+            else:
+                told.set_result(entry.ids[0])
+        if self._waiting:
+            self._write_soon()
+        else:
+            self._is_writing = False
+
+
+_journal: _LoopJournal | None = None
+
+
+def _settle(group: Group, when: Callable[..., Any]) -> None:
+    """Raises NotFree, and has written nothing, if `when` does."""
+    entries = [entry for entry, _ in group]
+    try:
+        if journal.can_record_if():
+            settle(entries, when)
+            journal.close_if_due()
+        else:
+            connection.close()  # nobody else uses it, who would find out
+            for entry in entries:
+                entry.ids = [None]
+    except NotFree:
+        raise
+    except Exception as error:  # whatever it is: nobody may wait for ever
+        for entry in entries:
+            if not entry.is_settled:
+                entry.error = OperationalError(f"The connection failed: {error!r}")

@@ -1,0 +1,261 @@
+"""Many tasks of one event loop record at once: each gets its own row's id, and the loop waits for nobody."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests import postgresql, processes
+
+pytestmark = pytest.mark.whole
+
+# What the scripts share.
+BEGIN = """
+import asyncio, json, os, sqlite3, sys, threading, time
+os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "1"  # as server.asgi does it
+from django.contrib.auth.models import User
+from django.db import Error, connection
+from django.utils import timezone
+from knox.models import AuthToken
+from apps.endpoints import journal as module, loop_journal
+from apps.endpoints.models import MLRequest
+from apps.endpoints.premise import Premise
+from apps.ml.registry import registry
+
+algorithm = registry.register_run()[0].pk
+registry.served("classifier")
+now = registry.known("classifier")
+token = AuthToken.objects.create(User.objects.create_user("ann"))[0].digest
+holds = Premise(token, now.endpoint_id, "classifier", now.newest_step)
+fails = holds._replace(newest_step=now.newest_step - 1)
+writers, insert = [], module._insert_together
+
+def writing(rows_of):
+    writers.append((threading.current_thread().name, sum(map(len, rows_of.values()))))
+    return insert(rows_of)
+
+module._insert_together = writing
+
+def row(key, label="1"):
+    return module.NewRequest({}, {}, label, 0.5, timezone.now(), 1.0, key, algorithm, None)
+
+def record(key, premise=holds, label="1"):
+    return loop_journal.record_if(premise, row(key, label))
+
+def end(**came):
+    connection.close()
+    sys.stdout.write(json.dumps(came))
+"""
+
+
+@pytest.fixture
+def run(trained):
+    """What a script says that runs on the database of a URL."""
+
+    def run(url: str, script: str, **settings: str) -> dict[str, object]:
+        env = processes.environment(url, trained, **settings)
+        processes.manage("migrate", env=env)
+        return json.loads(processes.manage("shell", "--no-imports", "-c", BEGIN + script, env=env, timeout=90).stdout)
+
+    return run
+
+
+@pytest.fixture
+def sqlite_url(tmp_path):
+    return f"sqlite:///{tmp_path / 'server.sqlite3'}"
+
+
+MANY = """
+TASKS, CALLS = 12, 25
+told, refused, unfounded = {}, [], 0
+
+async def client(number):
+    global unfounded
+    for call in range(CALLS):
+        key = f"{number}-{call}"
+        try:
+            pk = await record(key, fails if call % 5 == 4 else holds, None if number == 0 else "1")
+        except Error:
+            refused.append(number)
+            continue
+        if pk is None:
+            unfounded += 1
+        else:
+            told[pk] = key
+
+def others():
+    for call in range(CALLS):
+        keys = [f"thread-{call}-{number}" for number in range(3)]
+        told.update(zip(module.journal.record([row(key) for key in keys]), keys, strict=True))
+    connection.close()
+
+async def main():
+    await asyncio.gather(*map(client, range(TASKS)), asyncio.to_thread(others))
+
+asyncio.run(main())
+found = dict(MLRequest.objects.values_list("pk", "customer_key"))
+end(own=told == found, rows=len(found), refused=sorted(set(refused)), refusals=len(refused), unfounded=unfounded,
+    largest=max(rows for _, rows in writers))
+"""
+
+
+def test_each_id_belongs_to_its_own_row_beside_threads_and_what_is_refused(run, database_url):
+    came = run(database_url, MANY)
+
+    assert came["own"]
+    assert came["rows"] == 11 * 20 + 25 * 3
+    # A premise that fails comes first: then there is nothing to refuse.
+    assert (came["refused"], came["refusals"], came["unfounded"]) == ([0], 20, 12 * 5)
+    assert came["largest"] > 3
+
+
+WHO_WRITES = """
+async def main():
+    return await asyncio.gather(*[record(str(key)) for key in range(5)])
+
+asyncio.run(main())
+end(writers=writers)
+"""
+
+
+def test_what_came_together_is_one_transaction_by_the_loop_itself_on_sqlite(run, sqlite_url):
+    assert run(sqlite_url, WHO_WRITES)["writers"] == [["MainThread", 5]]
+
+
+def test_it_waits_for_no_disk(run, sqlite_url):
+    assert run(sqlite_url, WHO_WRITES, SQLITE_SYNCHRONOUS="FULL")["writers"] == [["journal", 5]]
+
+
+def test_it_waits_for_no_answer_of_postgresql(run, postgresql_url):
+    assert run(postgresql.new_database(postgresql_url), WHO_WRITES)["writers"] == [["journal", 5]]
+
+
+WHILE_HELD = """
+async def main():
+    first = await record("first")
+    HOLD
+    # For two premises, and so by several statements.
+    waiting = asyncio.gather(record("second"), record("never", fails))
+    longest, last = 0, time.monotonic()
+    for _ in range(50):
+        await asyncio.sleep(0.01)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    was_done = waiting.done()
+    LET_GO
+    second, never = await waiting
+    assert never is None
+    return was_done, longest, [first, second, await record("third")]
+
+was_done, longest, told = asyncio.run(main())
+end(was_done=was_done, longest=longest, own=told == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True)),
+    writers=[name for name, _ in writers])
+"""
+BY_A_PROGRAM = (
+    'other = sqlite3.connect(connection.settings_dict["NAME"], isolation_level=None); other.execute("BEGIN IMMEDIATE")',
+    'other.execute("ROLLBACK")',
+)
+BY_A_TURN = (
+    "import fcntl; other = open(connection.settings_dict['NAME'] + '-turn', 'a'); fcntl.flock(other, fcntl.LOCK_EX)",
+    "other.close()",
+)
+
+
+@pytest.mark.parametrize(("hold", "let_go"), [BY_A_PROGRAM, BY_A_TURN], ids=["another program", "another process"])
+def test_while_another_writes_the_loop_goes_on_and_a_thread_waits(run, sqlite_url, hold, let_go):
+    came = run(sqlite_url, WHILE_HELD.replace("HOLD", hold).replace("LET_GO", let_go))
+
+    assert not came["was_done"] and came["longest"] < 0.3
+    assert came["own"]
+    assert came["writers"][-2:] == ["journal", "MainThread"]
+
+
+BROKEN = """
+async def main():
+    first = await record("first")
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE endpoints_mlrequest RENAME TO elsewhere")
+    failed = [type(one).__name__ for one in await asyncio.gather(record("a"), record("b"), return_exceptions=True)]
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE elsewhere RENAME TO endpoints_mlrequest")
+    connection.close()
+    return failed, [first, await record("last")]
+
+failed, told = asyncio.run(main())
+end(failed=failed, own=told == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True)))
+"""
+
+
+def test_an_error_reaches_everyone_it_concerns_and_the_next_is_recorded(run, database_url):
+    came = run(database_url, BROKEN)
+
+    assert came["failed"] in (["OperationalError"] * 2, ["ProgrammingError"] * 2)
+    assert came["own"]
+
+
+DRIVER = """
+would_wait = loop_journal._LoopJournal._would_wait
+
+def fails_once(self):
+    loop_journal._LoopJournal._would_wait = would_wait
+    raise sqlite3.OperationalError("disk I/O error")
+
+loop_journal._LoopJournal._would_wait = fails_once
+
+async def main():
+    return [await record("first"), await record("second")]
+
+told = asyncio.run(main())
+end(own=told == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True)), writers=writers)
+"""
+
+
+def test_an_error_of_the_driver_holds_up_nobody(run, sqlite_url):
+    came = run(sqlite_url, DRIVER)
+
+    assert came["own"]
+    assert came["writers"] == [["journal", 1], ["MainThread", 1]]
+
+
+DROPPED = """
+def drop():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                       " WHERE datname = current_database() AND pid <> pg_backend_pid()")
+    connection.close()
+
+async def main():
+    first = await record("first")
+    await asyncio.to_thread(drop)
+    return first, await record("none"), await record("later")
+
+first, none, later = asyncio.run(main())
+connection.close()
+end(none=none, own=[first, later] == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True)))
+"""
+
+
+def test_a_connection_that_postgresql_has_ended_is_missed_once(run, postgresql_url):
+    came = run(postgresql.new_database(postgresql_url), DROPPED)
+
+    assert came == {"none": None, "own": True}
+
+
+GIVEN_UP = """
+async def main():
+    HOLD
+    gone, waiting = asyncio.create_task(record("gone")), asyncio.create_task(record("stays"))
+    await asyncio.sleep(0.3)
+    gone.cancel()
+    LET_GO
+    return await waiting, await record("later")
+
+told = asyncio.run(main())
+end(keys=list(MLRequest.objects.filter(pk__in=told).order_by("pk").values_list("customer_key", flat=True)))
+"""
+
+
+def test_a_caller_who_gave_up_holds_up_nobody(run, sqlite_url):
+    hold, let_go = BY_A_PROGRAM
+
+    assert run(sqlite_url, GIVEN_UP.replace("HOLD", hold).replace("LET_GO", let_go))["keys"] == ["stays", "later"]
