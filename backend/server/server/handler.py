@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,9 @@ from server import logs
 
 Environ = dict[str, Any]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
+
+# In the environment of a request for which the short way was no way.
+WAS_TRIED = "retention.was_tried"
 
 
 class Request(WSGIRequest):
@@ -32,11 +35,12 @@ class Request(WSGIRequest):
 class Passed(NamedTuple):
     """What became of a call that Django and its middleware let through to its view.
 
-    answer_again: the answer to another call like it, given how to read its body; or None. headers: those of the
-    answer, but its length.
+    answer_again: the answer to another call like it, given how to read its body; or None. answer_on_loop: the same on
+    an event loop; raises BlockingIOError if it needs a thread. headers: those of the answer, but its length.
     """
 
     answer_again: Callable[[Environ, Callable[[], bytes]], bytes | None]
+    answer_on_loop: Callable[[Environ, Callable[[], Awaitable[bytes]]], Awaitable[bytes | None]]
     path: str
     headers: list[tuple[str, str]]
 
@@ -52,6 +56,7 @@ class Handler(WSGIHandler):
 
     MOST_PASSED = 1_000
     MOST_CHARACTERS = 2_000  # of what decides about one
+    MOST_ON_LOOP = 16_384  # bytes of a body; to read many customers would keep others waiting
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +65,8 @@ class Handler(WSGIHandler):
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """A whole answer as a list, which servers send at once, where they would ask anything else for its pieces."""
-        decisive = tuple(map(environ.get, self._what_decides))
-        passed = self._passed.get(decisive)
+        decisive = self._decisive(environ)
+        passed = None if WAS_TRIED in environ else self._passed.get(decisive)
         answer = passed and self._answer_again(passed, environ, start_response)
         if answer:
             return [answer]
@@ -74,17 +79,42 @@ class Handler(WSGIHandler):
         response.close()
         return body
 
+    async def answer_on_loop(
+        self, environ: Environ, start_response: StartResponse, read: Callable[[], Awaitable[bytes]]
+    ) -> bytes | None:
+        """The short way on an event loop; after None a thread is to go either way.
+
+        read: the whole body, as it was announced, or nothing if it breaks off.
+        """
+        passed = self._passed.get(self._decisive(environ))
+        announced = announced_bytes(environ)
+        if not passed or announced is None or announced > self.MOST_ON_LOOP:
+            return None
+        began = time.perf_counter()
+        try:
+            answer = await passed.answer_on_loop(environ, read)
+        except BlockingIOError:
+            return None
+        if answer is None:
+            environ[WAS_TRIED] = True
+            return None
+        return self._answered(passed, answer, start_response, began)
+
     def _answer_again(self, passed: Passed, environ: Environ, start_response: StartResponse) -> bytes | None:
         began = time.perf_counter()
-        announced = environ.get("CONTENT_LENGTH", "")
-        if not announced.isdecimal() or len(announced) > 18 or int(announced) > settings.MAX_BODY_BYTES:
+        announced = announced_bytes(environ)
+        if announced is None or announced > settings.MAX_BODY_BYTES:
             return None
-        answer = passed.answer_again(environ, partial(_read, environ, int(announced)))
-        if answer is None:
-            return None
+        answer = passed.answer_again(environ, partial(_read, environ, announced))
+        return None if answer is None else self._answered(passed, answer, start_response, began)
+
+    def _answered(self, passed: Passed, answer: bytes, start_response: StartResponse, began: float) -> bytes:
         start_response("200 OK", [*passed.headers, ("Content-Length", str(len(answer)))])
         logs.request("POST", passed.path, 200, began)
         return answer
+
+    def _decisive(self, environ: Environ) -> tuple[Any, ...]:
+        return tuple(map(environ.get, self._what_decides))
 
     def _remember(self, decisive: tuple[Any, ...], response: HttpResponse, environ: Environ) -> None:
         if sum(len(value) for value in decisive if value) > self.MOST_CHARACTERS:
@@ -93,7 +123,13 @@ class Handler(WSGIHandler):
             self._passed.clear()
         path = environ["SCRIPT_NAME"].rstrip("/") + environ["PATH_INFO"]
         headers = [(name, value) for name, value in response.items() if name != "Content-Length"]
-        self._passed[decisive] = Passed(response.answer_again, path, headers)
+        self._passed[decisive] = Passed(response.answer_again, response.answer_on_loop, path, headers)
+
+
+def announced_bytes(environ: Environ) -> int | None:
+    """How long a request says that its body is; None if it does not say, or not so that it can be read."""
+    announced = environ.get("CONTENT_LENGTH", "")
+    return int(announced) if announced.isdecimal() and len(announced) <= 18 else None
 
 
 def what_decides() -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from django.db import InterfaceError, OperationalError
+from django.http import UnreadablePostError
 from rest_framework import exceptions, status
 from rest_framework.response import Response
 from rest_framework.views import exception_handler as drf_exception_handler
@@ -76,6 +77,8 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     if isinstance(error, (OperationalError, InterfaceError)):
         logger.error("The database does not answer: %s", str(error).strip())
         return _answer(status.HTTP_503_SERVICE_UNAVAILABLE, "The database does not answer; try again.")
+    if isinstance(error, UnreadablePostError):
+        return _answer(status.HTTP_400_BAD_REQUEST, "The body broke off on its way; send it again.")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         logger.error("The disk is full: %s", error)
         return _answer(status.HTTP_507_INSUFFICIENT_STORAGE, "The server's disk is full; nothing was kept of the file.")

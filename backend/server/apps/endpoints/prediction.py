@@ -16,6 +16,7 @@ import django.db
 from django.conf import settings
 from django.utils import timezone
 
+from apps.endpoints import loop_journal
 from apps.endpoints.abtests import Traffic
 from apps.endpoints.journal import NewRequest, journal
 from apps.endpoints.models import (
@@ -63,6 +64,10 @@ class BadCustomerKey(PredictionError):
 
 class Unavailable(PredictionError):
     """The algorithm asked for cannot answer now, or none has been trained yet."""
+
+
+class NeedsThread(BlockingIOError):
+    """On an event loop the answer would keep others waiting; a thread is to give it."""
 
 
 @dataclass(frozen=True)
@@ -217,23 +222,78 @@ def predict_from_memory(
     when something has changed, is not known or is wrong: then `predict`, after a look at the token, decides. Raises
     django.db.Error when the database fails; the answer may be recorded then, and must not be tried again.
     """
+    if not journal.can_record_if():
+        return None
+    asked = _from_memory(endpoint_name, customer, wanted, token_digest, now, customer_key)
+    pk = asked and journal.record_if(asked.premise, asked.scored.request)
+    if pk is None:
+        return None
+    _record_failures(asked.choice, [pk], [asked.scored])
+    journal.close_if_due()
+    return _answer(pk, asked.scored)
+
+
+async def predict_on_loop(
+    endpoint_name: str,
+    customer: Mapping[str, Any],
+    wanted: Wanted,
+    token_digest: str,
+    *,
+    now: datetime,
+    customer_key: str = "",
+) -> Answer | None:
+    """`predict_from_memory` on an event loop, which holds up nobody while the answer is recorded.
+
+    Raises NeedsThread, and has recorded nothing, if something else would hold up others.
+    """
+    asked = _from_memory(endpoint_name, customer, wanted, token_digest, now, customer_key, may_block=False)
+    pk = asked and await loop_journal.record_if(asked.premise, asked.scored.request)
+    return None if pk is None else _answer(pk, asked.scored)
+
+
+class _Asked(NamedTuple):
+    """An answer that is not recorded yet, and on what it rests."""
+
+    choice: Choice
+    scored: _Scored
+    premise: Premise
+
+
+def _from_memory(
+    endpoint_name: str,
+    customer: Mapping[str, Any],
+    wanted: Wanted,
+    token_digest: str,
+    now: datetime,
+    customer_key: str,
+    *,
+    may_block: bool = True,
+) -> _Asked | None:
+    """The answer by what this process knows; None when that is too little, or something is wrong.
+
+    Raises NeedsThread if it may not block and would: for a model that is not loaded or not compiled, or by a query.
+    """
     served = registry.known(endpoint_name)
-    if served is None or served.newest_step is None or not journal.can_record_if():
+    if served is None or served.newest_step is None or not served.statuses:
         return None
     try:
-        choice = _without_a_broken_champion(_remembered_choice(served, wanted))
+        choice = _remembered_choice(served, wanted)
+        if not (may_block or all(map(_is_quick, choice.algorithms))):
+            raise NeedsThread
+        choice = _without_a_broken_champion(choice)
         told_key = _checked_key(customer_key, [customer])
         (arm,) = _arms(choice, [customer], told_key)
         (scored,) = _scored_in_test(arm, choice, [customer], now, told_key)
     except (PredictionError, InputError):
         return None
-    premise = Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step)
-    pk = journal.record_if(premise, scored.request)
-    if pk is None:
-        return None
-    _record_failures(choice, [pk], [scored])
-    journal.close_if_due()
-    return _answer(pk, scored)
+    if scored.failure and not may_block:
+        raise NeedsThread
+    return _Asked(choice, scored, Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step))
+
+
+def _is_quick(algorithm: MLAlgorithm) -> bool:
+    classifier = registry.endpoints.get(algorithm.pk)
+    return classifier is not None and classifier.is_compiled
 
 
 # What came of callers' wishes, for as long as the registry knows what is served.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -135,6 +135,15 @@ def _a_token_decides(view: APIView | type[APIView]) -> bool:
         and view.permission_classes == [TokenUnlessDebug]
         and not view.throttle_classes
     )
+
+
+def _known_caller(view: type[APIView], environ: Mapping[str, Any]) -> str | None:
+    """The hash of a caller's token if it is known, and decides."""
+    return known_token(environ.get("HTTP_AUTHORIZATION", "")) if _a_token_decides(view) else None
+
+
+def _text(answer: prediction.Answer) -> bytes:
+    return json_text.dumps(answer.as_json()).encode()
 
 
 def _json(body: Any) -> HttpResponse:
@@ -294,10 +303,8 @@ class PredictView(Api, APIView):
         DRF make for each request; after None, it comes by Django. read: gives the body, for which nobody waits who is
         not known.
         """
-        if not _a_token_decides(cls):
-            return None
         try:
-            token_digest = known_token(environ.get("HTTP_AUTHORIZATION", ""))
+            token_digest = _known_caller(cls, environ)
             customer = token_digest and _json_object(read())
             if not customer:
                 return None
@@ -307,7 +314,27 @@ class PredictView(Api, APIView):
         except Exception as error:  # told as any other, and not tried again: the answer may have been recorded
             environ[FAILURE] = error
             return None
-        return answer and json_text.dumps(answer.as_json()).encode()
+        return answer and _text(answer)
+
+    @classmethod
+    async def answer_on_loop(
+        cls, endpoint_name: str, wanted: Wanted, environ: dict[str, Any], read: Callable[[], Awaitable[bytes]]
+    ) -> bytes | None:
+        """`answer_again` on an event loop. Raises prediction.NeedsThread, after which `answer_again` may be tried."""
+        try:
+            token_digest = _known_caller(cls, environ)
+            customer = token_digest and _json_object(await read())
+            if not customer:
+                return None
+            answer = await prediction.predict_on_loop(
+                endpoint_name, customer, wanted, token_digest, now=timezone.now(), customer_key=_told_key(environ)
+            )
+        except prediction.NeedsThread:
+            raise
+        except Exception as error:
+            environ[FAILURE] = error
+            return None
+        return answer and _text(answer)
 
     @extend_schema(
         parameters=[
@@ -349,7 +376,9 @@ class PredictView(Api, APIView):
             return _json([answer.as_json() for answer in answers])
         response = _json(answers[0].as_json())
         if request.META.get("CONTENT_TYPE") == "application/json" and _a_token_decides(self):
-            response.answer_again = partial(self.answer_again, endpoint_name, wanted)  # for the server's handler
+            # For the server's handler.
+            response.answer_again = partial(self.answer_again, endpoint_name, wanted)
+            response.answer_on_loop = partial(self.answer_on_loop, endpoint_name, wanted)
         return response
 
 

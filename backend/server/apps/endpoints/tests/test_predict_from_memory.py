@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import time
@@ -491,3 +492,50 @@ def test_a_connection_that_has_served_its_time_is_replaced(user, algorithms, cus
     # SQLite's, which holds a database in memory, Django keeps.
     assert (connection.connection is before) == (connection.vendor == "sqlite")
     assert MLRequest.objects.count() == 3
+
+
+def test_where_nothing_is_served_any_more_that_is_said(known, algorithms, customer):
+    for algorithm in algorithms.values():
+        set_status(algorithm, "retired")
+
+    for _ in range(2):
+        response = known.post(PREDICT, customer)
+        assert response.status_code == 400
+        assert "serves no algorithm" in response.json()["message"]
+
+
+# --- On an event loop
+PRODUCTION = prediction.Wanted(status="production")
+
+
+def on_loop(client, customer, key=""):
+    digest = permissions.known_token(client._credentials["HTTP_AUTHORIZATION"])
+    how = {"now": timezone.now(), "customer_key": key}
+    return asyncio.run(prediction.predict_on_loop("classifier", customer, PRODUCTION, digest, **how))
+
+
+@pytest.mark.parametrize("lacks", ["is_compiled", "loaded"])
+def test_a_model_that_is_slow_or_not_loaded_needs_a_thread(known, algorithms, customer, monkeypatch, lacks):
+    served = algorithms["random_forest"]
+    if lacks == "loaded":
+        monkeypatch.delitem(registry.endpoints, served.pk)
+    else:
+        monkeypatch.setattr(registry.endpoints[served.pk], lacks, False)
+
+    with pytest.raises(prediction.NeedsThread):
+        on_loop(known, customer)
+    assert MLRequest.objects.count() == 0
+
+
+def test_a_challenger_that_fails_needs_a_thread_which_records_the_failure(known, algorithms, customer, monkeypatch):
+    abtests.start("a test", algorithms["random_forest"], algorithms["decision_tree"], by="ann", now=timezone.now())
+    known.post(PREDICT, customer)  # learns what is served now
+    before = MLRequest.objects.count()
+    traffic = prediction.choose("classifier", PRODUCTION).traffic
+    key = next(key for key in map(str, range(100)) if traffic.asks_challenger(key))
+    monkeypatch.setattr(registry.get(algorithms["decision_tree"]), "compute_prediction", lambda rows: 1 / 0)
+    customer.pop("CustomerId", None)
+
+    with pytest.raises(prediction.NeedsThread):
+        on_loop(known, customer, key)
+    assert MLRequest.objects.count() == before

@@ -42,6 +42,7 @@ class RetentionClassifier:
         self.filename = f"{self.algorithm}.joblib"
         self.artifact_sha256 = self.run.sha256(self.filename)
         self._predict_proba: Callable[[np.ndarray], np.ndarray] | None = None
+        self.is_compiled = False  # whether it is loaded, and answers within microseconds
         self._loading = threading.Lock()
 
     @property
@@ -90,6 +91,7 @@ class RetentionClassifier:
             if forest is None:
                 return model.predict_proba
             if forest.answers(matrix, expected):
+                self.is_compiled = True
                 return forest.predict_proba
         except Exception as error:  # numba missing, or any trouble of a compiler: none of it needs to stop the model
             reason = repr(error)
