@@ -1,18 +1,20 @@
 #!/usr/bin/env python
-"""How granian serves: `make serve`, the production example and the benchmarks all run this file.
+"""How uvicorn serves: `make serve`, the production example and the benchmarks all run this file.
 
     python backend/server/serve.py [APPLICATION]
 
-APPLICATION is server.wsgi, unless the benchmarks ask for another.
+APPLICATION is server.asgi, unless the benchmarks ask for another.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import importlib
 import logging
 import logging.config
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -20,33 +22,137 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-import granian.wsgi
+import uvicorn
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
-from granian import Granian
-from granian._granian import SocketHolder
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.log import LogLevels
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server import serving
+from server.bridge import BREAKS_OFF
 
 # How long a stopping server goes on with the requests that it has accepted.
 GRACE_SECONDS = 30
 # The exit code of a process that could not load the application: another one could not either.
 NOT_LOADED = 3
 BACKLOG = 1024
+# Counts for connections on which nothing is asked, or not to its end: longer than nginx keeps idle ones (60 s), so that
+# it never writes into one that closes.
+IDLE_SECONDS = 75
+# Of an address, and of all headers of a request.
+MOST_BYTES = 65_536
+MOST_HEADERS = 100
 CAN_MASK = hasattr(signal, "pthread_sigmask")
 ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} if CAN_MASK else set()
 IS_LINUX = sys.platform == "linux"
-# granian's lines go where the application's go.
-THROUGH_THE_ROOT = {"formatters": {}, "handlers": {}, "loggers": {"_granian": {"propagate": True}}}
+PROCESSES = multiprocessing.get_context("fork" if IS_LINUX else "spawn")
+
+logger = logging.getLogger("server")
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, with bounds for what comes before a body, and for how long that takes."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._is_in_head, self._head_bytes, self._has_begun = True, 0, False
+        self._refusal = "400 Bad Request"
+        self._end_at(self.loop.time() + IDLE_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        timer = self.timeout_keep_alive_task
+        end = timer.when() if timer else self.loop.time() + IDLE_SECONDS
+        self._has_begun = False
+        super().data_received(data)
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or self.transport.is_closing():
+            return
+        self._end_at(end)  # which uvicorn has put off
+        if self._is_in_head and not self._has_begun:  # else the data may be of a body before it
+            self._head_bytes += len(data)
+        if self._head_bytes > MOST_BYTES:
+            self._refuse("431 Request Header Fields Too Large" if self.headers else "414 URI Too Long")
+
+    def eof_received(self) -> bool:
+        """A client may say that it has sent everything, and wait for its answer. Whether the connection stays."""
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        self.cycle.keep_alive = False
+        if self.cycle.more_body:
+            self.cycle.scope[BREAKS_OFF] = True
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # which uvicorn leaves to itself where a connection was reset
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head, self._head_bytes, self._has_begun = True, 0, True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Not those after a body in chunks, which would pass for such as came before it."""
+        if self._is_in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        if len(self.url) > MOST_BYTES:
+            self._refusal = "414 URI Too Long"
+        elif len(self.headers) > MOST_HEADERS:
+            self._refusal = "431 Request Header Fields Too Large"
+        else:
+            super().on_headers_complete()
+            if self.server_state.is_ending:
+                self.cycle.keep_alive = False
+            return
+        raise ValueError(self._refusal)  # the parser ends with it, and uvicorn refuses
+
+    def _refuse(self, why: str) -> None:
+        self._refusal = why
+        self.send_400_response("")
+
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(f"HTTP/1.1 {self._refusal}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        self.transport.close()
+
+    def _end_at(self, end: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_at(end, self.timeout_keep_alive_handler)
+
+
+class Server(uvicorn.Server):
+    """uvicorn in one process: when it is told to end, it first reads what it has accepted."""
+
+    def __init__(self, config: uvicorn.Config, serves: Event):
+        super().__init__(config)
+        self.server_state.is_ending = False
+        self._serves = serves
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._serves.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The first process tells it by SIGTERM; uvicorn would die of the signal in the end."""
+        signal.signal(signal.SIGTERM, self.handle_exit)
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn closes connections of which it has read nothing yet."""
+        self.server_state.is_ending = True
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(0.1)
+        await super().shutdown(sockets)
 
 
 class BatchWorkers:
@@ -78,69 +184,93 @@ class BatchWorkers:
                 process.kill()
 
 
-class Server(Granian):
-    """granian, as this product needs it: quick at Ctrl-C, and never tired of replacing a process that died."""
+class WebWorkers:
+    """The processes that answer requests. They end by themselves when this process has died."""
 
-    def __init__(self, application: str, host: str, port: int, workers: int, threads: int, batch_workers: BatchWorkers):
-        self._batch_workers = batch_workers
-        super().__init__(
-            application,
-            host,
-            port,
-            interface=Interfaces.WSGI,
-            workers=workers,
-            blocking_threads=threads,
-            # A thread that ends takes its database connection with it; this is the longest that granian takes.
-            blocking_threads_idle_timeout=600,
-            http=HTTPModes.http1,
-            # Counts for idle connections too: longer than nginx keeps them (60 s), so that it never writes into one
-            # that closes.
-            http1_settings=HTTP1Settings(header_read_timeout=75_000),
-            websockets=False,
-            backlog=BACKLOG,
-            # Errors only; the application logs one line per request itself.
-            log_level=LogLevels.error,
-            log_dictconfig=THROUGH_THE_ROOT,
-            respawn_failed_workers=True,
-            workers_kill_timeout=GRACE_SECONDS,
-        )
+    def __init__(self, work: Callable[[Event], None]):
+        self._work = work
+        self._running: list[WebWorker] = []
+        self._ending: list[WebWorker] = []
 
-    def signal_handler_interrupt(self, number: int | None = None, frame: object = None) -> None:
-        """Ctrl-C ends it at once, also while a client is slow; SIGTERM is what lets requests end first."""
-        for worker in self.wrks:
-            worker.interrupt_by_parent = True  # a supervisor may have told it too
-            if number == signal.SIGINT:
-                worker.kill()
-        if number == signal.SIGINT:
-            self.workers_kill_timeout = 1
-        super().signal_handler_interrupt()
+    def start(self, wanted: int) -> None:
+        self._running += [self._started() for _ in range(wanted)]
 
-    def signal_handler_reload(self, number: int | None = None, frame: object = None) -> None:
-        """In development a closed terminal ends the server as Ctrl-C does."""
-        if settings.DEBUG:
-            self.signal_handler_interrupt(signal.SIGINT)
-        else:
-            super().signal_handler_reload()
+    def _started(self) -> WebWorker:
+        serves = PROCESSES.Event()
+        process = PROCESSES.Process(target=self._work, args=[serves])
+        process.start()
+        return WebWorker(process, serves, time.monotonic())
 
-    def _serve_loop(self, spawn_target: Callable[..., None], target_loader: Callable[[], Any]) -> None:
-        """Replace who dies, until told to stop. granian's own loop stops when one dies twice within seconds."""
-        while not self.interrupt_signal:
-            while self.interrupt_children and not self.interrupt_signal:
-                index = self.interrupt_children[0]
-                if self.wrks[index].inner.exitcode == NOT_LOADED:
-                    return
-                self.interrupt_children.remove(index)
-                if time.monotonic() - self.wrks[index].birth < 5:
-                    time.sleep(1)  # what killed it so soon may kill the next one too
-                if self.interrupt_signal:
-                    return
-                self._respawn_workers([index], spawn_target, target_loader)
-            if self.reload_signal:
-                self._reload(spawn_target, target_loader)
-            self._batch_workers.see_to()
-            # At most a second, since a signal may come between the question and the waiting.
-            self.main_loop_interrupt.wait(1)
-            self.main_loop_interrupt.clear()
+    def see_to(self) -> None:
+        """Replace those that have ended. Raises SystemExit if one could not load the application."""
+        self._ending = [worker for worker in self._ending if worker.process.is_alive()]
+        for index, (process, _, began) in enumerate(self._running):
+            if process.is_alive():
+                continue
+            if process.exitcode == NOT_LOADED:
+                sys.exit(1)
+            logger.error("A process that answers requests has ended (%s); another one is started.", process.exitcode)
+            if time.monotonic() - began < 5:
+                time.sleep(1)  # what killed it so soon may kill the next one too
+            self._running[index] = self._started()
+
+    def renew(self) -> None:
+        """Replace each, after another has begun to serve in its place; none, if that one cannot."""
+        for index, old in enumerate(self._running):
+            new = self._started()
+            while not new.serves.wait(0.1) and new.process.is_alive():
+                pass
+            if not new.process.is_alive():
+                return
+            self._running[index] = new
+            self._ending.append(old)
+            old.process.terminate()
+
+    def sentinels(self) -> list[int]:
+        """Of each that runs what becomes ready when it ends."""
+        return [worker.process.sentinel for worker in self._all() if worker.process.is_alive()]
+
+    def end(self) -> None:
+        """Let them answer what they have accepted."""
+        for worker in self._all():
+            worker.process.terminate()
+
+    def kill(self) -> None:
+        for worker in self._all():
+            worker.process.kill()
+            worker.process.join()
+
+    def _all(self) -> list[WebWorker]:
+        return self._running + self._ending
+
+
+class WebWorker(NamedTuple):
+    """serves: set when it does."""
+
+    process: BaseProcess
+    serves: Event
+    began: float
+
+
+class Signals:
+    """What this process is told from outside."""
+
+    def __init__(self) -> None:
+        self._ends: list[int] = []
+        if ENDING:
+            read, self._write = os.pipe()
+            os.set_blocking(read, False)
+            self._ends.append(read)
+        for each in ENDING:
+            signal.signal(each, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        os.write(self._write, bytes([number]))
+
+    def wait(self, sentinels: Sequence[int], seconds: float) -> set[int]:
+        """Wait for a signal or a sentinel, for so long at most; the signals that have come."""
+        ready = multiprocessing.connection.wait([*sentinels, *self._ends], seconds)
+        return {number for end in self._ends if end in ready for number in os.read(end, 100)}
 
 
 def block_signals_at_fork() -> None:
@@ -154,48 +284,49 @@ def block_signals_at_fork() -> None:
     os.register_at_fork(before=lambda: mask(signal.SIG_BLOCK), after_in_parent=lambda: mask(signal.SIG_UNBLOCK))
 
 
-def work(host: str, port: int, number: int, name: str | None, loader: Any, sockets: Any, *more: Any) -> None:
-    """What each process does, with what granian tells it."""
+def work(application: str, asked: serving.Serving, unsaid: Any, serves: Event) -> None:
+    """What each process does. unsaid: a lock that is taken by the one process that says where to look."""
     if CAN_MASK:
-        # A terminal tells everyone; the first process decides what it means.
+        # A terminal tells everyone; the first process decides what it means. Until it serves, SIGTERM ends it at once:
+        # it has accepted nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    listener = None
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    bound = bind(asked.host, asked.port, shared=IS_LINUX)
     if IS_LINUX:
-        bound = bind(host, port, shared=True)
         with socket.socket() as probe:
             probe.settimeout(1)  # a full queue does not answer
             # Where others answer it listens when it has loaded. Where nobody does it listens now: clients wait instead
             # of being refused, and another server sees that the port is in use.
-            if probe.connect_ex((host, port)):
+            if probe.connect_ex((asked.host, asked.port)):
                 bound.listen(BACKLOG)
-        listener = bound.detach()
-        sockets = (None, SocketHolder(listener, False, BACKLOG)), None
-    if CAN_MASK:
-        threading.Thread(target=end_when_told, args=[listener], daemon=True).start()
     threading.Thread(target=end_with_parent, daemon=True).start()
-    # granian gives each request a copy of the environment, where HTTP_PROXY would pass for a header, and failures
-    # would show passwords.
-    granian.wsgi.os = SimpleNamespace(environ={})
-    Granian._spawn_wsgi_worker(number, name, loader, sockets, *more)
-
-
-def end_when_told(listener: int | None) -> None:
-    """A signal that comes while granian's main thread is about to wait would be seen only when it has waited."""
-    signal.sigwait({signal.SIGTERM})
-    handler = signal.getsignal(signal.SIGTERM)
-    if handler is signal.SIG_DFL:
-        os._exit(0)  # it is still loading, and has accepted nothing
-    if listener:
-        # granian closes connections of which it has read nothing yet. So it gets another socket in place of its own, to
-        # which nobody connects, and the time to read what it has taken.
-        with socket.socket() as nobody:
-            nobody.setblocking(False)  # granian may be about to accept, and would wait for nobody for ever
-            nobody.bind(("127.0.0.1", 0))
-            nobody.listen()
-            os.dup2(nobody.fileno(), listener, inheritable=False)
-        time.sleep(0.1)
-    handler(signal.SIGTERM, None)
+    try:
+        loaded = importlib.import_module(application).application
+    except Exception:
+        logger.exception("%s cannot be loaded.", application)
+        sys.exit(NOT_LOADED)
+    if unsaid.acquire(block=False):
+        serving.announce(asked.address)
+    config = uvicorn.Config(
+        loaded,
+        interface="asgi3",
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        backlog=BACKLOG,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        # Django sees to what a proxy says, and the application logs one line per request.
+        proxy_headers=False,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        log_level=logging.ERROR,
+    )
+    Server(config, serves).run(sockets=[bound])
+    logging.shutdown()
+    os._exit(0)  # and waits for no thread whose time was over
 
 
 def end_with_parent() -> None:
@@ -212,18 +343,6 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def load(application: str, address: str, unsaid: Any) -> Callable[..., Any]:
-    """Import the application, and say where to look. unsaid: a lock that is taken by the one process that says it."""
-    try:
-        loaded = importlib.import_module(application).application
-    except Exception:
-        logging.getLogger("server").exception("%s cannot be loaded.", application)
-        sys.exit(NOT_LOADED)
-    if unsaid.acquire(block=False):
-        serving.announce(address)
-    return loaded
-
-
 def bind(host: str, port: int, *, shared: bool) -> socket.socket:
     """A socket that does not listen yet. shared: beside others of this server, each with a part of the connections."""
     bound = socket.socket()
@@ -238,7 +357,7 @@ def bind(host: str, port: int, *, shared: bool) -> socket.socket:
 
 
 def refuse_busy(host: str, port: int) -> None:
-    """granian would share a port with any server of the same user. Raises SystemExit."""
+    """The processes would share a port with any server of the same user. Raises SystemExit."""
     try:
         with bind(host, port, shared=False) as alone:
             alone.listen()
@@ -252,7 +371,7 @@ def refuse_busy(host: str, port: int) -> None:
         sys.exit(f"Port {port} is in use by another program. Choose another, such as PORT=8080.")
 
 
-def main(application: str = "server.wsgi") -> None:
+def main(application: str = "server.asgi") -> None:
     try:
         # Before any process is started, so that a setting that cannot be read stops it with a sentence.
         logging_config = settings.LOGGING
@@ -261,16 +380,30 @@ def main(application: str = "server.wsgi") -> None:
     except ImproperlyConfigured as error:
         sys.exit(str(error))
     refuse_busy(asked.host, asked.port)
-    if sys.platform == "win32":
-        asked = asked._replace(workers=1)  # all that granian can do there
+    if not IS_LINUX:
+        asked = asked._replace(workers=1)  # elsewhere processes cannot share a port so that each gets a part
+    logging.config.dictConfig(logging_config)
+    signals = Signals()
     if CAN_MASK:
         block_signals_at_fork()
-    server = Server(application, *asked, batch_workers)
-    logging.config.dictConfig(logging_config)
-    loader = partial(load, application, asked.address, multiprocessing.Lock())
+    workers = WebWorkers(partial(work, application, asked, PROCESSES.Lock()))
+    # In development a closed terminal ends the server as Ctrl-C does: at once.
+    at_once = (ENDING - {signal.SIGTERM}) if settings.DEBUG else {signal.SIGINT}
+    told: set[int] = set()
     try:
-        server.serve(partial(work, asked.host, asked.port), loader, wrap_loader=False)
+        workers.start(asked.workers)
+        while not told & {*at_once, signal.SIGTERM}:
+            if told:  # the signal that is left
+                workers.renew()
+            workers.see_to()
+            batch_workers.see_to()
+            told = signals.wait(workers.sentinels(), 1)
     finally:
+        workers.end()
+        deadline = time.monotonic() + GRACE_SECONDS + 1  # they know how long they may take
+        while not told & at_once and (sentinels := workers.sentinels()) and time.monotonic() < deadline:
+            told = signals.wait(sentinels, 1)
+        workers.kill()
         batch_workers.stop()
 
 

@@ -12,7 +12,7 @@ from server import environment as env
 
 
 class Serving(NamedTuple):
-    """threads: of each process. Python runs one at a time, but those that wait for a commit share it."""
+    """threads: of each process, beside the event loop if it has one."""
 
     host: str
     port: int

@@ -167,19 +167,21 @@ def test_a_connection_that_became_too_old_while_nobody_asked_is_not_used_again(p
     ):
         server.headers = processes.token_header(env)
 
-        def ask() -> set[int]:
-            """The database's processes for the server after one more answer."""
+        def ask() -> int:
+            """The database's process that recorded one more answer."""
             path = "/api/v1/classifier/predict?status=production"
             assert server.post(path, json={"Orders": 3}).status_code == 200
-            found = watching.execute(
+            ((pid,),) = watching.execute(
                 "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                " ORDER BY query_start DESC LIMIT 1"
             )
-            return {pid for (pid,) in found}
+            return pid
 
         ask()
-        (first,) = ask()
+        first = ask()
+        assert ask() == first
         time.sleep(1.5)
-        (second,) = ask()
+        second = ask()
 
     assert first != second
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,12 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
+import joblib
+import numpy as np
 import pytest
 import requests
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 from tests import processes
 from tests.postgresql import free_port
@@ -55,6 +61,12 @@ def server(env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def port_of(server: Server) -> int:
     return int(server.url.rpartition(":")[2])
+
+
+def token_of(server: Server) -> dict[str, str]:
+    """The header of a caller who has a token of a server that runs."""
+    environ = Path(f"/proc/{server.process.pid}/environ").read_text().split("\0")
+    return processes.token_header(dict(each.split("=", 1) for each in environ if each))
 
 
 def serve(env: dict[str, str], *arguments: str, cwd: Path = BACKEND) -> subprocess.CompletedProcess:
@@ -247,39 +259,44 @@ def test_ctrl_c_does_not_wait_for_a_client_that_is_slow_to_send_or_to_read(start
     assert "Traceback" not in log and "error" not in log
 
 
-TOLD = """
-import os, signal, socket, sys, threading
-
-import serve
-
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-signal.signal(signal.SIGTERM, lambda *_: None)
-listener = socket.create_server(("127.0.0.1", 0))
-listener.setblocking(False)
-told = threading.Thread(target=serve.end_when_told, args=[listener.fileno()])
-told.start()
-os.kill(os.getpid(), signal.SIGTERM)
-told.join()
-try:
-    # As granian does it, which asks the kernel and not Python's object what kind of socket it is.
-    socket.socket(fileno=os.dup(listener.fileno())).accept()
-except BlockingIOError:
-    sys.stdout.write("nobody came")
-"""
+def test_ctrl_c_ends_at_once_who_still_waits_for_a_slow_client(started):
+    with upload(started):
+        started.process.terminate()
+        time.sleep(1)
+        assert started.process.poll() is None
+        started.process.send_signal(signal.SIGINT)
+        assert started.process.wait(5) == 0
 
 
-def test_who_was_told_to_end_and_is_about_to_accept_waits_for_nobody(env):
-    said = subprocess.run(
-        [sys.executable, "-c", TOLD],
-        cwd=BACKEND,
-        env={**env, "DJANGO_SETTINGS_MODULE": "server.settings"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=20,
-    )
+@pytest.mark.parametrize("processes_", ["1", "2"])
+def test_a_hangup_in_production_replaces_all_processes_and_refuses_nobody(env, tmp_path, processes_):
+    production = {"DEBUG": "0", "SECRET_KEY": "a-long-and-random-key-of-67-characters-0123456789-abcdefghijklmnopq"}
+    production["WEB_CONCURRENCY"] = processes_
+    refused, stopped = 0, threading.Event()
 
-    assert said.stdout == "nobody came"
+    def ask() -> None:
+        nonlocal refused
+        while not stopped.is_set():
+            try:
+                socket.create_connection(("127.0.0.1", port_of(server)), timeout=30).close()
+            except ConnectionRefusedError:
+                refused += 1
+            time.sleep(0.001)
+
+    with processes.running({**env, **production}, tmp_path / "log", wait_for="/readyz") as server:
+        wait_for(lambda: len(server.workers()) == int(processes_) and all(map(listens, server.workers())))
+        before = set(server.workers())
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(ask)
+            try:
+                server.process.send_signal(signal.SIGHUP)
+                wait_for(lambda: len(server.workers()) == int(processes_) and not before & set(server.workers()))
+            finally:
+                stopped.set()
+            asking.result()
+        wait_until_all_answer(server, server.workers())
+
+    assert refused == 0
 
 
 def test_sigterm_for_all_processes_answers_every_request_that_was_accepted_also_a_slow_one(started):
@@ -352,6 +369,13 @@ def test_a_body_in_chunks_is_answered_with_what_to_do(server):
     assert answer.status_code == 411 and "Content-Length" in answer.json()["message"]
 
 
+def test_what_comes_after_a_body_in_chunks_is_no_header(server):
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    status, body = raw(server, f"{head}2\r\n{{}}\r\n0\r\nX-Forwarded-For: 203.0.113.9\r\n\r\n".encode())
+    assert (status, b"Content-Length" in body) == (411, True)  # and not 403, as for a stranger
+
+
 def test_curl_that_waits_to_be_told_to_go_on_sends_a_large_body(server, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"Orders": 3, "RecencyDays": 20}] * 60_000))
@@ -414,8 +438,13 @@ def test_head_has_the_length_and_no_body_and_the_connection_stays(server):
         (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
         (b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"X: x\r\n" * 200 + b"\r\n", 431),
         (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000, 431),
+        (b"GET /" + b"x" * 100_000, 414),
     ],
-    ids=["no HTTP", "no length", "too many headers", "too long an address"],
+    ids=[
+        *("no HTTP", "no length", "too many headers", "too long an address"),
+        *("a header without an end", "an address without an end"),
+    ],
 )
 def test_what_is_no_request_is_refused_and_the_next_one_answered(server, request_, status):
     assert raw(server, request_)[0] == status
@@ -427,6 +456,71 @@ def test_clients_that_go_away_in_the_middle_cost_no_one_else_an_answer(server):
         with upload(server):
             pass
     assert {server.get("/livez").status_code for _ in range(20)} == {200}
+
+
+def test_requests_that_come_before_the_answer_to_the_first_are_answered_in_their_order(server):
+    headers = "".join(f"{name}: {value}\r\n" for name, value in token_of(server).items())
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
+    predict = f"{head}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY
+    look = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
+    last = look + b"Connection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
+        client.sendall((predict + look + b"\r\n") * 20 + last)
+        text = client.makefile("rb").read()
+
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
+        large = BODY + b" " * 70_000
+        client.sendall(f"{head}Content-Length: {len(large)}\r\n\r\n".encode() + large + last[:8])
+        time.sleep(0.3)
+        client.sendall(last[8:])
+        assert client.makefile("rb").read().count(b"HTTP/1.1 200 OK") == 2
+
+    kinds = [b"probability" in answer for answer in text.split(b"HTTP/1.1 200 OK")[1:]]
+    assert kinds == [True, False] * 20 + [False]
+    ids = [int(number) for number in re.findall(rb'"request_id":(\d+)', text)]
+    assert ids == sorted(set(ids)) and len(ids) == 20
+
+
+def test_a_model_that_takes_long_is_answered_in_a_thread_and_recorded_once(env, tmp_path, trained):
+    artifacts = shutil.copytree(trained, tmp_path / "artifacts") / "1.0.0"
+    columns = joblib.load(artifacts / "decision_tree.joblib").n_features_in_
+    rows = np.random.default_rng(1).random((200, columns))
+    joblib.dump(HistGradientBoostingClassifier().fit(rows, rows[:, 0] > 0.5), artifacts / "decision_tree.joblib")
+    manifest = json.loads((artifacts / "manifest.json").read_text())
+    digest = hashlib.sha256((artifacts / "decision_tree.joblib").read_bytes()).hexdigest()
+    manifest["files"]["decision_tree.joblib"]["sha256"] = digest
+    (artifacts / "manifest.json").write_text(json.dumps(manifest))
+    own = processes.environment(f"sqlite:///{tmp_path / 'own.sqlite3'}", artifacts.parent, DEBUG="1")
+    processes.manage("migrate", env=own)
+    with processes.running(own, tmp_path / "log", wait_for="/readyz") as server:
+        server.headers = processes.token_header(own)
+        path = "/api/v1/classifier/predict?algorithm=decision_tree"
+        answers = [server.post(path, json={"Orders": 3}).json() for _ in range(10)]
+        logged = server.get("/api/v1/mlrequests").json()
+
+    assert {answer["algorithm"] for answer in answers} == {"decision tree"}
+    assert sorted(answer["request_id"] for answer in answers) == sorted(row["id"] for row in logged["results"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "drop"),
+    [(b"", b""), (b"GET /livez HTTP/1.1\r\nX: ", b"x"), (b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\r\n")],
+    ids=["nothing", "drop by drop", "empty lines after an answer"],
+)
+def test_who_does_not_ask_to_the_end_is_given_up(server, first, drop):
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=5) as client:
+        began = time.monotonic()
+        client.sendall(first)
+        with suppress(ConnectionError):
+            while time.monotonic() - began < 100:
+                try:
+                    if client.recv(4096) == b"":
+                        break
+                except TimeoutError:
+                    client.sendall(drop)
+
+    assert 60 < time.monotonic() - began < 90
 
 
 @pytest.mark.slow
