@@ -32,9 +32,9 @@ JSON = {"Content-Type": "application/json"}
 BATCH, BATCH_SECONDS = 64, 0.01
 
 
-def served(application: str) -> list[str]:
-    """How the product is served, and on the same server the floor: the one place that knows."""
-    return [sys.executable, str(BACKEND / "serve.py"), application]
+def served(*application: str) -> list[str]:
+    """How the product is served, or on the same server another application: the one place that knows."""
+    return [sys.executable, str(BACKEND / "serve.py"), *application]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _product(subject: Subject, port: int, database_url: str, count: Callable[[st
     manage(environment, "migrate", "--verbosity", "0")
     token = manage(environment, "create_token", "bench", "--create-user")
     return Launch(
-        served("server.wsgi"),
+        served(),
         environment,
         BACKEND,
         headers={"Authorization": f"Token {token}"},

@@ -13,7 +13,7 @@ CONTESTANTS = Path(__file__).with_name("contestants")
 ENVIRONMENTS = Path(__file__).with_name("environments")
 SECONDS = 1200
 OF_THE_PRODUCT = {
-    *("Django", "djangorestframework", "django-rest-knox", "granian"),
+    *("Django", "djangorestframework", "django-rest-knox", "uvicorn", "uvloop"),
     *("numba", "numpy", "psycopg", "scikit-learn"),
 }
 

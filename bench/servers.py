@@ -1,4 +1,4 @@
-"""Which server: this product on SQLite, by granian (serve.py) and by gunicorn (gunicorn.conf.py), in one run.
+"""Which server: this product on SQLite, by uvicorn (serve.py), gunicorn (gunicorn.conf.py) and granian, in one run.
 
     python bench/servers.py [--seconds 2] [--rounds 3]
 
@@ -12,6 +12,8 @@ import http.client
 import json
 import os
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -35,8 +37,8 @@ CLIENTS = 8
 PATIENCE = 60
 
 
-def granian(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
-    """Without a worker of batch jobs, which gunicorn has not either."""
+def uvicorn(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
+    """Without a worker of batch jobs, which the others have not either."""
     return contestants.on_sqlite(stack, subject, folder, port, BATCH_WORKERS="0")
 
 
@@ -45,9 +47,18 @@ def gunicorn(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Lau
     return replace(contestants.on_sqlite(stack, subject, folder, port), command=command)
 
 
+def granian(stack: ExitStack, subject: Subject, folder: Path, port: int) -> Launch:
+    command = [sys.executable, "-m", "granian", "--interface", "wsgi", "--port", str(port)]
+    command += ["--workers", contestants.WORKERS, "--blocking-threads", "8", "--backlog", "1024", "--no-ws"]
+    command += ["--respawn-failed-workers", "--workers-kill-timeout", "30", "--log-level", "error"]
+    launch = contestants.on_sqlite(stack, subject, folder, port)
+    return replace(launch, command=[*command, "server.wsgi:application"])
+
+
 SERVERS = (
-    Contestant("granian", "granian", granian, **contestants.OURS),
+    Contestant("uvicorn", "uvicorn", uvicorn, **contestants.OURS),
     Contestant("gunicorn", "gunicorn", gunicorn, **contestants.OURS),
+    Contestant("granian", "granian", granian, **contestants.OURS),
 )
 
 
@@ -83,6 +94,9 @@ class Clients:
             except (OSError, http.client.HTTPException, ValueError):
                 outcome = "failed"
             finally:
+                if connection.sock:
+                    # By a reset: thousands of connections that are still closing would hide those that are open.
+                    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 connection.close()
             with self.counting:
                 setattr(self, outcome, getattr(self, outcome) + 1)
@@ -176,19 +190,20 @@ class Figures:
 
 
 def measure(subject: Subject, folder: Path, rounds: int, seconds: int) -> tuple[Loads, dict[str, Figures]]:
-    """In each round both are started anew, loaded in turn, and ended; the rounds begin with another server."""
+    """In each round all are started anew, loaded in turn, and ended; the rounds begin with another server."""
     loads, figures = defaultdict(list), defaultdict(Figures)
     for number in range(rounds):
         say(f"Round {number + 1} of {rounds} ...")
-        order = SERVERS if number % 2 == 0 else SERVERS[::-1]
+        first = number % len(SERVERS)
+        order = [*SERVERS[first:], *SERVERS[:first]]
         with ExitStack() as stack:
             here = folder / str(number)
             here.mkdir()
-            both = [contestants.start(stack, server, subject, here) for server in order]
+            all_of_them = [contestants.start(stack, server, subject, here) for server in order]
             for count in CONNECTIONS:
-                for running in both:
+                for running in all_of_them:
                     loads[running.contestant.name, count].append(running.load(count, seconds))
-            for running in both:
+            for running in all_of_them:
                 its = figures[running.contestant.name]
                 its.first_answer.append(running.first_answer)
                 its.memory.append(running.server.memory())
@@ -213,9 +228,9 @@ def report(loads: Loads, figures: dict[str, Figures]) -> str:
             ]
         )
     head = ["", "first answer after s", "memory in MiB", "SIGTERM: s", "lost", "kill -9: whole again after s", "errors"]
-    granian, other = SERVERS
+    first, *others = SERVERS
     parts = [
-        tables.ratio_table(granian, [other], CONNECTIONS, loads),
+        tables.ratio_table(first, others, CONNECTIONS, loads),
         tables.load_table(SERVERS, CONNECTIONS, loads),
         tables.table(head, rows),
     ]
