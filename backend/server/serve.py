@@ -61,20 +61,20 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._is_in_head, self._head_bytes, self._has_begun = True, 0, False
+        self._is_in_head, self._is_in_body, self._head_bytes = True, False, 0
         self._refusal = "400 Bad Request"
         self._end_at(self.loop.time() + IDLE_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         timer = self.timeout_keep_alive_task
         end = timer.when() if timer else self.loop.time() + IDLE_SECONDS
-        self._has_begun = False
+        was_in_body = self._is_in_body
         super().data_received(data)
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if is_answering or self.transport.is_closing():
             return
         self._end_at(end)  # which uvicorn has put off
-        if self._is_in_head and not self._has_begun:  # else the data may be of a body before it
+        if self._is_in_head and not was_in_body:  # else some of the data is of that
             self._head_bytes += len(data)
         if self._head_bytes > MOST_BYTES:
             self._refuse("431 Request Header Fields Too Large" if self.headers else "414 URI Too Long")
@@ -96,15 +96,19 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._is_in_head, self._head_bytes, self._has_begun = True, 0, True
+        self._is_in_head, self._head_bytes = True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Not those after a body in chunks, which would pass for such as came before it."""
         if self._is_in_head:
             super().on_header(name, value)
 
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._is_in_body = False
+
     def on_headers_complete(self) -> None:
-        self._is_in_head = False
+        self._is_in_head, self._is_in_body = False, True
         if len(self.url) > MOST_BYTES:
             self._refusal = "414 URI Too Long"
         elif len(self.headers) > MOST_HEADERS:

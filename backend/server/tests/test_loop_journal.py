@@ -218,10 +218,14 @@ def test_an_error_of_the_driver_holds_up_nobody(run, sqlite_url):
 
 
 DROPPED = """
+OTHERS = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+
 def drop():
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                       " WHERE datname = current_database() AND pid <> pg_backend_pid()")
+        cursor.execute(f"SELECT pg_terminate_backend(pid) {OTHERS}")
+        while cursor.execute(f"SELECT 1 {OTHERS}").fetchone():
+            time.sleep(0.01)
+    time.sleep(0.1)  # the news travels
     connection.close()
 
 async def main():
