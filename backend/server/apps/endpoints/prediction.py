@@ -207,15 +207,18 @@ def predict(
     return score(choose(endpoint_name, wanted), rows, now=now, as_text=as_text, customer_key=customer_key)
 
 
-def predict_from_memory(
-    endpoint_name: str,
-    customer: Mapping[str, Any],
-    wanted: Wanted,
-    token_digest: str,
-    *,
-    now: datetime,
-    customer_key: str = "",
-) -> Answer | None:
+class KnownCall(NamedTuple):
+    """One customer of a caller whose token this process has met. customer_key: told beside the customer."""
+
+    endpoint_name: str
+    customer: Mapping[str, Any]
+    wanted: Wanted
+    token_digest: str
+    now: datetime
+    customer_key: str = ""
+
+
+def predict_from_memory(call: KnownCall) -> Answer | None:
     """The answer by what this process knows of the token and the endpoint, if the database confirms both.
 
     It does so in the statement that records the answer: one statement in place of three. None, and nothing recorded,
@@ -224,7 +227,7 @@ def predict_from_memory(
     """
     if not journal.can_record_if():
         return None
-    asked = _from_memory(endpoint_name, customer, wanted, token_digest, now, customer_key)
+    asked = _from_memory(call)
     pk = asked and journal.record_if(asked.premise, asked.scored.request)
     if pk is None:
         return None
@@ -233,20 +236,12 @@ def predict_from_memory(
     return _answer(pk, asked.scored)
 
 
-async def predict_on_loop(
-    endpoint_name: str,
-    customer: Mapping[str, Any],
-    wanted: Wanted,
-    token_digest: str,
-    *,
-    now: datetime,
-    customer_key: str = "",
-) -> Answer | None:
+async def predict_on_loop(call: KnownCall) -> Answer | None:
     """`predict_from_memory` on an event loop, which holds up nobody while the answer is recorded.
 
     Raises NeedsThread, and has recorded nothing, if something else would hold up others.
     """
-    asked = _from_memory(endpoint_name, customer, wanted, token_digest, now, customer_key, may_block=False)
+    asked = _from_memory(call, may_block=False)
     pk = asked and await loop_journal.record_if(asked.premise, asked.scored.request)
     return None if pk is None else _answer(pk, asked.scored)
 
@@ -259,36 +254,29 @@ class _Asked(NamedTuple):
     premise: Premise
 
 
-def _from_memory(
-    endpoint_name: str,
-    customer: Mapping[str, Any],
-    wanted: Wanted,
-    token_digest: str,
-    now: datetime,
-    customer_key: str,
-    *,
-    may_block: bool = True,
-) -> _Asked | None:
+def _from_memory(call: KnownCall, *, may_block: bool = True) -> _Asked | None:
     """The answer by what this process knows; None when that is too little, or something is wrong.
 
     Raises NeedsThread if it may not block and would: for a model that is not loaded or not compiled, or by a query.
     """
-    served = registry.known(endpoint_name)
+    served = registry.known(call.endpoint_name)
     if served is None or served.newest_step is None or not served.statuses:
         return None
     try:
-        choice = _remembered_choice(served, wanted)
+        choice = _remembered_choice(served, call.wanted)
         if not (may_block or all(map(_is_quick, choice.algorithms))):
             raise NeedsThread
         choice = _without_a_broken_champion(choice)
-        told_key = _checked_key(customer_key, [customer])
-        (arm,) = _arms(choice, [customer], told_key)
-        (scored,) = _scored_in_test(arm, choice, [customer], now, told_key)
+        rows = [call.customer]
+        told_key = _checked_key(call.customer_key, rows)
+        (arm,) = _arms(choice, rows, told_key)
+        (scored,) = _scored_in_test(arm, choice, rows, call.now, told_key)
     except (PredictionError, InputError):
         return None
     if scored.failure and not may_block:
         raise NeedsThread
-    return _Asked(choice, scored, Premise(token_digest, served.endpoint_id, endpoint_name, served.newest_step))
+    premise = Premise(call.token_digest, served.endpoint_id, call.endpoint_name, served.newest_step)
+    return _Asked(choice, scored, premise)
 
 
 def _is_quick(algorithm: MLAlgorithm) -> bool:

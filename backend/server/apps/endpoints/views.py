@@ -54,7 +54,7 @@ from apps.endpoints.permissions import (
     WritesNeedStatusPermission,
     known_token,
 )
-from apps.endpoints.prediction import Wanted
+from apps.endpoints.prediction import KnownCall, Wanted
 from apps.endpoints.serializers import (
     ANONYMOUS,
     ABTestSerializer,
@@ -309,7 +309,7 @@ class PredictView(Api, APIView):
             if not customer:
                 return None
             answer = prediction.predict_from_memory(
-                endpoint_name, customer, wanted, token_digest, now=timezone.now(), customer_key=_told_key(environ)
+                KnownCall(endpoint_name, customer, wanted, token_digest, timezone.now(), _told_key(environ))
             )
         except Exception as error:  # told as any other, and not tried again: the answer may have been recorded
             environ[FAILURE] = error
@@ -327,7 +327,7 @@ class PredictView(Api, APIView):
             if not customer:
                 return None
             answer = await prediction.predict_on_loop(
-                endpoint_name, customer, wanted, token_digest, now=timezone.now(), customer_key=_told_key(environ)
+                KnownCall(endpoint_name, customer, wanted, token_digest, timezone.now(), _told_key(environ))
             )
         except prediction.NeedsThread:
             raise

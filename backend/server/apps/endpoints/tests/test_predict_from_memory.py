@@ -510,8 +510,8 @@ PRODUCTION = prediction.Wanted(status="production")
 
 def on_loop(client, customer, key=""):
     digest = permissions.known_token(client._credentials["HTTP_AUTHORIZATION"])
-    how = {"now": timezone.now(), "customer_key": key}
-    return asyncio.run(prediction.predict_on_loop("classifier", customer, PRODUCTION, digest, **how))
+    call = prediction.KnownCall("classifier", customer, PRODUCTION, digest, timezone.now(), key)
+    return asyncio.run(prediction.predict_on_loop(call))
 
 
 @pytest.mark.parametrize("lacks", ["is_compiled", "loaded"])
