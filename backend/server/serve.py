@@ -115,7 +115,8 @@ class Protocol(HttpToolsProtocol):
             self._refusal = "431 Request Header Fields Too Large"
         else:
             super().on_headers_complete()
-            if self.server_state.is_ending:
+            # What may come after a body in chunks has no bounds.
+            if self.server_state.is_ending or any(name == b"transfer-encoding" for name, _ in self.headers):
                 self.cycle.keep_alive = False
             return
         raise ValueError(self._refusal)  # the parser ends with it, and uvicorn refuses
@@ -194,7 +195,7 @@ class WebWorkers:
     def __init__(self, work: Callable[[Event], None]):
         self._work = work
         self._running: list[WebWorker] = []
-        self._ending: list[WebWorker] = []
+        self._others: list[WebWorker] = []  # that do not serve yet, or are to end
 
     def start(self, wanted: int) -> None:
         self._running += [self._started() for _ in range(wanted)]
@@ -207,7 +208,7 @@ class WebWorkers:
 
     def see_to(self) -> None:
         """Replace those that have ended. Raises SystemExit if one could not load the application."""
-        self._ending = [worker for worker in self._ending if worker.process.is_alive()]
+        self._others = [worker for worker in self._others if worker.process.is_alive()]
         for index, (process, _, began) in enumerate(self._running):
             if process.is_alive():
                 continue
@@ -218,17 +219,22 @@ class WebWorkers:
                 time.sleep(1)  # what killed it so soon may kill the next one too
             self._running[index] = self._started()
 
-    def renew(self) -> None:
-        """Replace each, after another has begun to serve in its place; none, if that one cannot."""
+    def renew(self, signals: Signals) -> set[int]:
+        """Replace each, after another has begun to serve in its place; no more of them, if that one cannot.
+
+        Nor if a signal comes meanwhile, which is returned.
+        """
         for index, old in enumerate(self._running):
             new = self._started()
-            while not new.serves.wait(0.1) and new.process.is_alive():
-                pass
-            if not new.process.is_alive():
-                return
-            self._running[index] = new
-            self._ending.append(old)
+            self._others.append(new)
+            while not new.serves.is_set():
+                told = signals.wait([new.process.sentinel], 0.1)
+                if told or not new.process.is_alive():
+                    new.process.kill()  # nobody has asked it anything
+                    return told
+            self._others[-1], self._running[index] = old, new
             old.process.terminate()
+        return set()
 
     def sentinels(self) -> list[int]:
         """Of each that runs what becomes ready when it ends."""
@@ -245,7 +251,7 @@ class WebWorkers:
             worker.process.join()
 
     def _all(self) -> list[WebWorker]:
-        return self._running + self._ending
+        return self._running + self._others
 
 
 class WebWorker(NamedTuple):
@@ -397,11 +403,10 @@ def main(application: str = "server.asgi") -> None:
     try:
         workers.start(asked.workers)
         while not told & {*at_once, signal.SIGTERM}:
-            if told:  # the signal that is left
-                workers.renew()
             workers.see_to()
             batch_workers.see_to()
-            told = signals.wait(workers.sentinels(), 1)
+            # What is left of the signals is SIGHUP.
+            told = workers.renew(signals) if told else signals.wait(workers.sentinels(), 1)
     finally:
         workers.end()
         deadline = time.monotonic() + GRACE_SECONDS + 1  # they know how long they may take

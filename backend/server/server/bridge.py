@@ -22,6 +22,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 # Of a file, from a thread to the loop at a time.
 BLOCK_BYTES = 262_144
+# Of a header; others are dropped, as each would be remembered.
+LONGEST_NAME = 100
 # In the scope of a request that has ended before its body has.
 BREAKS_OFF = "retention.breaks_off"
 # For a piece of a body, or of an answer, before the thread that waits for it is set free.
@@ -173,7 +175,7 @@ def environ_of(scope: Scope) -> Environ:
     if scope["client"]:
         environ["REMOTE_ADDR"] = scope["client"][0]
     for name, value in scope["headers"]:
-        key = _key_of(name) if len(name) < 100 else None
+        key = _key_of(name) if len(name) <= LONGEST_NAME else None
         if key in environ:
             environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value.decode("latin-1")
         elif key:
@@ -183,10 +185,7 @@ def environ_of(scope: Scope) -> Environ:
 
 @lru_cache(1_000)
 def _key_of(name: bytes) -> str | None:
-    """None for a name with an underscore, which could not be told from the one with a hyphen: X_Forwarded_Proto.
-
-    Long names are dropped, too: nobody has such, and here they would be remembered.
-    """
+    """None for a name with an underscore, which could not be told from the one with a hyphen: X_Forwarded_Proto."""
     if b"_" in name:
         return None
     key = name.decode("latin-1").upper().replace("-", "_")

@@ -299,6 +299,21 @@ def test_a_hangup_in_production_replaces_all_processes_and_refuses_nobody(env, t
     assert refused == 0
 
 
+def test_sigterm_is_not_kept_waiting_by_a_process_that_is_to_take_anothers_place(env, tmp_path):
+    production = {"DEBUG": "0", "SECRET_KEY": "a-long-and-random-key-of-67-characters-0123456789-abcdefghijklmnopq"}
+    with processes.running({**env, **production}, tmp_path / "log", wait_for="/readyz") as server:
+        wait_for(lambda: len(server.workers()) == 2)
+        before = set(server.workers())
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: set(server.workers()) - before)
+        (new,) = set(server.workers()) - before
+        os.kill(new, signal.SIGSTOP)  # it will never serve
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+
+    assert not is_running(new)
+
+
 def test_sigterm_for_all_processes_answers_every_request_that_was_accepted_also_a_slow_one(started):
     unanswered: list[bytes] = []
     answered = 0
