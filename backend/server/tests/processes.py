@@ -137,6 +137,15 @@ def wait_until_answered(url: str, process: subprocess.Popen, log: Path, seconds:
     raise RuntimeError(f"{url} did not answer 200 in time: {log.read_text()[-2000:]}")
 
 
+def open_files(pid: int) -> set[str]:
+    """The names of what a process has open, a socket's as "socket:[inode]". Linux only."""
+    names = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            names.add(link.readlink().name)
+    return names
+
+
 @contextmanager
 def running(env: dict[str, str], log: Path, **kwargs) -> Iterator[Server]:
     server = start(env, log, **kwargs)

@@ -15,7 +15,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.client import HTTPConnection
@@ -167,16 +166,8 @@ def holder_of(port: int, client: int, workers: Sequence[int]) -> int:
         if inodes:
             break
     (inode,) = inodes
-    (holder,) = [pid for pid in workers if f"socket:[{inode}]" in open_files(pid)]
+    (holder,) = [pid for pid in workers if f"socket:[{inode}]" in processes.open_files(pid)]
     return holder
-
-
-def open_files(pid: int) -> set[str]:
-    names = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            names.add(link.readlink().name)
-    return names
 
 
 def test_a_customer_has_one_arm_in_every_process_however_named_and_after_a_restart(shop, customers):

@@ -94,7 +94,7 @@ def upload(server: Server) -> Iterator[socket.socket]:
 
 def listens(pid: int) -> bool:
     """Whether it has a socket that waits for connections."""
-    sockets = {link.readlink().name for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    sockets = processes.open_files(pid)
     table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return any(
         state == "0A" and f"socket:[{inode}]" in sockets for _, _, _, state, *_, inode in (r[:10] for r in table)
