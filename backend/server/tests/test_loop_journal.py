@@ -13,6 +13,10 @@ pytestmark = pytest.mark.whole
 # What the scripts share.
 BEGIN = """
 import asyncio, json, os, sqlite3, sys, threading, time
+try:
+    from uvloop import run  # where there is one, the server has it
+except ImportError:
+    from asyncio import run
 os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "1"  # as server.asgi does it
 from django.contrib.auth.models import User
 from django.db import Error, connection
@@ -37,11 +41,14 @@ def writing(rows_of):
 
 module._insert_together = writing
 
-def row(key, label="1"):
-    return module.NewRequest({}, {}, label, 0.5, timezone.now(), 1.0, key, algorithm, None)
+def row(key, label="1", **customer):
+    return module.NewRequest(customer, {}, label, 0.5, timezone.now(), 1.0, key, algorithm, None)
 
-def record(key, premise=holds, label="1"):
-    return loop_journal.record_if(premise, row(key, label))
+def record(key, premise=holds, label="1", **customer):
+    return loop_journal.record_if(premise, row(key, label, **customer))
+
+def own(told):
+    return told == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True))
 
 def end(**came):
     connection.close()
@@ -67,7 +74,7 @@ def sqlite_url(tmp_path):
 
 
 MANY = """
-TASKS, CALLS = 12, 25
+TASKS, CALLS = 40, 10
 told, refused, unfounded = {}, [], 0
 
 async def client(number):
@@ -93,7 +100,7 @@ def others():
 async def main():
     await asyncio.gather(*map(client, range(TASKS)), asyncio.to_thread(others))
 
-asyncio.run(main())
+run(main())
 found = dict(MLRequest.objects.values_list("pk", "customer_key"))
 end(own=told == found, rows=len(found), refused=sorted(set(refused)), refusals=len(refused), unfounded=unfounded,
     largest=max(rows for _, rows in writers))
@@ -104,9 +111,9 @@ def test_each_id_belongs_to_its_own_row_beside_threads_and_what_is_refused(run, 
     came = run(database_url, MANY)
 
     assert came["own"]
-    assert came["rows"] == 11 * 20 + 25 * 3
+    assert came["rows"] == 39 * 8 + 10 * 3
     # A premise that fails comes first: then there is nothing to refuse.
-    assert (came["refused"], came["refusals"], came["unfounded"]) == ([0], 20, 12 * 5)
+    assert (came["refused"], came["refusals"], came["unfounded"]) == ([0], 8, 40 * 2)
     assert came["largest"] > 3
 
 
@@ -114,7 +121,7 @@ WHO_WRITES = """
 async def main():
     return await asyncio.gather(*[record(str(key)) for key in range(5)])
 
-asyncio.run(main())
+run(main())
 end(writers=writers)
 """
 
@@ -127,8 +134,27 @@ def test_it_waits_for_no_disk(run, sqlite_url):
     assert run(sqlite_url, WHO_WRITES, SQLITE_SYNCHRONOUS="FULL")["writers"] == [["journal", 5]]
 
 
-def test_it_waits_for_no_answer_of_postgresql(run, postgresql_url):
-    assert run(postgresql.new_database(postgresql_url), WHO_WRITES)["writers"] == [["journal", 5]]
+WHO_GOES_ON = """
+async def main():
+    first = await asyncio.gather(*[record(str(key)) for key in range(5)])
+    return [*first, *await asyncio.gather(*[record(str(key)) for key in range(40)]), await record("last")]
+
+told = run(main())
+end(own=own(told), writers=writers)
+"""
+
+
+@pytest.mark.parametrize("query", ["", "?prepare_threshold=0"], ids=["by default", "prepare_threshold"])
+def test_on_postgresql_a_thread_opens_the_connection_and_the_loop_uses_it(run, postgresql_url, query):
+    came = run(postgresql.new_database(postgresql_url) + query, WHO_GOES_ON)
+
+    assert came == {"own": True, "writers": [["journal", 5]]}
+
+
+def test_a_connection_that_is_closed_after_each_use_is_the_threads(run, postgresql_url):
+    came = run(postgresql.new_database(postgresql_url) + "?conn_max_age=0", WHO_GOES_ON)
+
+    assert came == {"own": True, "writers": [["journal", 5], ["journal", 40], ["journal", 1]]}
 
 
 WHILE_HELD = """
@@ -147,8 +173,8 @@ async def main():
     assert never is None
     return was_done, longest, [first, second, await record("third")]
 
-was_done, longest, told = asyncio.run(main())
-end(was_done=was_done, longest=longest, own=told == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True)),
+was_done, longest, told = run(main())
+end(was_done=was_done, longest=longest, own=own(told),
     writers=[name for name, _ in writers])
 """
 BY_A_PROGRAM = (
@@ -170,6 +196,64 @@ def test_while_another_writes_the_loop_goes_on_and_a_thread_waits(run, sqlite_ur
     assert came["writers"][-2:] == ["journal", "MainThread"]
 
 
+LOCKED = """
+async def main():
+    first = await record("first")
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute("LOCK TABLE endpoints_mlrequest")
+        # More than goes out at once.
+        waiting = asyncio.gather(*[record(str(key), text="x" * 300_000) for key in range(40)], return_exceptions=True)
+        await asyncio.sleep(0.5)
+        longest, last = 0, time.monotonic()
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        was_done = waiting.done()
+        LET_GO
+        cursor.execute("ROLLBACK")
+    return was_done, longest, first, await waiting, await record("last")
+
+was_done, longest, first, between, last = run(main())
+connection.close()
+failed = [type(one).__name__ for one in between if isinstance(one, Exception)]
+told = [first, *[one for one in between if isinstance(one, int)], last]
+end(was_done=was_done, longest=longest, failed=failed, own=own(told))
+"""
+LET_THEM_FAIL = """cursor.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid()"
+        )
+        await asyncio.sleep(0.5)"""
+
+
+@pytest.mark.parametrize(("let_go", "failed"), [("", 0), (LET_THEM_FAIL, 40)], ids=["answers", "ends the connection"])
+def test_while_postgresql_takes_its_time_the_loop_goes_on(run, postgresql_url, let_go, failed):
+    came = run(postgresql.new_database(postgresql_url), LOCKED.replace("LET_GO", let_go))
+
+    assert not came["was_done"] and came["longest"] < 0.3
+    assert came["failed"] == ["OperationalError"] * failed
+    assert came["own"]
+
+
+NUL = """
+async def main():
+    first = await record("first")
+    told = await asyncio.gather(record("a"), record("b\\0"), record("c"), return_exceptions=True)
+    return [first, *told, await record("last")]
+
+first, a, refused, c, last = run(main())
+found = list(MLRequest.objects.order_by("pk").values_list("customer_key", flat=True))
+end(refused=type(refused).__name__, own=own([first, a, c, last]), found=found)
+"""
+
+
+def test_what_postgresql_would_cut_off_is_refused_alone(run, postgresql_url):
+    came = run(postgresql.new_database(postgresql_url), NUL)
+
+    assert came == {"refused": "DataError", "own": True, "found": ["first", "a", "c", "last"]}
+
+
 BROKEN = """
 async def main():
     first = await record("first")
@@ -181,8 +265,8 @@ async def main():
     connection.close()
     return failed, [first, await record("last")]
 
-failed, told = asyncio.run(main())
-end(failed=failed, own=told == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True)))
+failed, told = run(main())
+end(failed=failed, own=own(told))
 """
 
 
@@ -205,8 +289,8 @@ loop_journal._LoopJournal._would_wait = fails_once
 async def main():
     return [await record("first"), await record("second")]
 
-told = asyncio.run(main())
-end(own=told == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True)), writers=writers)
+told = run(main())
+end(own=own(told), writers=writers)
 """
 
 
@@ -233,9 +317,9 @@ async def main():
     await asyncio.to_thread(drop)
     return first, await record("none"), await record("later")
 
-first, none, later = asyncio.run(main())
+first, none, later = run(main())
 connection.close()
-end(none=none, own=[first, later] == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True)))
+end(none=none, own=own([first, later]))
 """
 
 
@@ -254,7 +338,7 @@ async def main():
     LET_GO
     return await waiting, await record("later")
 
-told = asyncio.run(main())
+told = run(main())
 end(keys=list(MLRequest.objects.filter(pk__in=told).order_by("pk").values_list("customer_key", flat=True)))
 """
 

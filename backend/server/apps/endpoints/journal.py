@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
 # More rows than this are written by themselves: others need not wait for them, and would save little.
 SHARED_ROWS = 100
-# In one statement: SQLite may take no more than 999 values.
-ROWS_OF_A_STATEMENT = 100
-# PostgreSQL keeps a plan for each number of rows up to this; others are rare, and their plans large.
-MOST_ROWS_PREPARED = 16
+# In one statement. SQLite may take no more than 999 values. PostgreSQL keeps a plan for each number of rows, which is
+# large for many, and to plan anew each time takes it longer than several statements do.
+ROWS_OF_A_STATEMENT = {"sqlite": 100, "postgresql": 16}
 
 
 class NewRequest(NamedTuple):
@@ -217,15 +216,28 @@ def _insert_entries(group: list[Entry]) -> list[tuple[Entry, Sequence[int | None
     """Insert the rows of entries in one transaction; returns each entry with the ids of its rows."""
     if len(group) == 1:
         return [(group[0], _insert(group[0].rows, group[0].premise))]
-    entries_of: dict[Premise | None, list[Entry]] = defaultdict(list)
-    for entry in group:
-        entries_of[entry.premise].append(entry)
-    rows_of = {premise: [row for one in entries for row in one.rows] for premise, entries in entries_of.items()}
-    inserted = []
-    for entries, ids in zip(entries_of.values(), _insert_together(rows_of), strict=True):
-        of_entries = iter(ids)
-        inserted += [(entry, list(islice(of_entries, len(entry.rows)))) for entry in entries]
-    return inserted
+    insertion = Insertion(group)
+    return insertion.ids_of_entries(_insert_together(insertion.rows_of))
+
+
+class Insertion:
+    """The rows of several entries, by their premises."""
+
+    def __init__(self, group: Iterable[Entry]):
+        self._entries_of: dict[Premise | None, list[Entry]] = defaultdict(list)
+        for entry in group:
+            self._entries_of[entry.premise].append(entry)
+        self.rows_of: dict[Premise | None, list[Row]] = {
+            premise: [row for entry in entries for row in entry.rows] for premise, entries in self._entries_of.items()
+        }
+
+    def ids_of_entries(self, ids_of: Iterable[Sequence[int | None]]) -> list[tuple[Entry, Sequence[int | None]]]:
+        """Each entry with those of its rows, given those of each premise's."""
+        found = []
+        for entries, ids in zip(self._entries_of.values(), ids_of, strict=True):
+            of_entries = iter(ids)
+            found += [(entry, list(islice(of_entries, len(entry.rows)))) for entry in entries]
+        return found
 
 
 journal = Journal()
@@ -272,7 +284,7 @@ def _insert_together(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequen
     """`_insert` for the rows of several premises, all in one transaction."""
     if connection.vendor == "postgresql":
         return _insert_together_in_postgresql(rows_of)
-    most = ROWS_OF_A_STATEMENT if connection.vendor == "sqlite" else 1
+    most = ROWS_OF_A_STATEMENT.get(connection.vendor, 1)
     is_one_statement = len(rows_of) == 1 and all(len(rows) <= most for rows in rows_of.values())
     with nullcontext() if is_one_statement else transaction.atomic():
         if connection.vendor == "sqlite":
@@ -317,17 +329,32 @@ def _insert_together_in_postgresql(rows_of: Mapping[Premise | None, list[Row]]) 
         return [ids]
     # Without a savepoint a refused row would end the caller's transaction, as one by itself does.
     with transaction.atomic() if connection.in_atomic_block and count > 1 else nullcontext():
-        return _insert_by_a_pipeline(rows_of)
+        pieces = Pieces(rows_of)
+        answers = rows_together(connections[DEFAULT_DB_ALIAS], pieces.asked)
+        return pieces.ids([pk for (pk,) in answer] for answer in answers)
 
 
-def _insert_by_a_pipeline(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
-    """A statement draws ids for its rows in the order that it asks for; that of its answer is open."""
-    pieces = [(premise, *piece) for premise, rows in rows_of.items() for piece in _statements(rows, premise)]
-    answers = rows_together(connections[DEFAULT_DB_ALIAS], [(statement, values) for _, _, statement, values in pieces])
-    ids_of: dict[Premise | None, list[int | None]] = {premise: [] for premise in rows_of}
-    for (premise, some, _, _), answer in zip(pieces, answers, strict=True):
-        ids_of[premise] += sorted(pk for (pk,) in answer) or [None] * len(some)
-    return [*ids_of.values()]
+class Pieces:
+    """Rows of several premises for PostgreSQL. asked: the statements, each with its values."""
+
+    def __init__(self, rows_of: Mapping[Premise | None, list[Row]]):
+        self._premises = [*rows_of]
+        self._pieces: list[tuple[Premise | None, int]] = []
+        self.asked: list[tuple[Statement, Sequence[Any]]] = []
+        for premise, rows in rows_of.items():
+            for some, statement, values in _statements(rows, premise):
+                self._pieces.append((premise, len(some)))
+                self.asked.append((statement, values))
+
+    def ids(self, answers: Iterable[Iterable[int]]) -> list[Sequence[int | None]]:
+        """Of the rows of each premise, given those that each statement has answered.
+
+        It draws them for its rows in the order that it asks for; that of its answer is open.
+        """
+        ids_of: dict[Premise | None, list[int | None]] = {premise: [] for premise in self._premises}
+        for (premise, count), answer in zip(self._pieces, answers, strict=True):
+            ids_of[premise] += sorted(answer) or [None] * count
+        return [*ids_of.values()]
 
 
 def _statements(
@@ -336,8 +363,9 @@ def _statements(
     """Some of the rows after others, the statement that inserts them, and its values."""
     # At one moment for all of them, so that the premise holds for all or none.
     values_of_premise = premise.values(max(row[_CREATED_AT] for row in rows)) if premise else []
-    for begin in range(0, len(rows), ROWS_OF_A_STATEMENT):
-        some = rows[begin : begin + ROWS_OF_A_STATEMENT]
+    most = ROWS_OF_A_STATEMENT[connection.vendor]
+    for begin in range(0, len(rows), most):
+        some = rows[begin : begin + most]
         statement = _insert_statement(len(some), premise is not None)
         yield some, statement, [*chain.from_iterable(some), *values_of_premise]
 
@@ -362,7 +390,7 @@ def _insert_statement(rows: int, are_conditional: bool) -> Statement:
     places = ", ".join(f"({row}, {place})" for place in range(rows))
     *columns, place = (f"column{number}" for number in range(1, len(names) + 2))
     select = f"SELECT {', '.join(columns)} FROM (VALUES {places}) AS asked{where} ORDER BY {place}"
-    return Statement(f"{insert} {select}{returning}", prepare=rows <= MOST_ROWS_PREPARED)
+    return Statement(f"{insert} {select}{returning}")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Record what an event loop answers: all that comes within one round of it in one transaction.
 
-Where nobody is kept waiting the loop writes by itself, which costs least: into SQLite when nobody else writes. Else a
-thread does; the loop goes on, and what it answers meanwhile is written together afterwards.
+Where nobody is kept waiting the loop writes by itself, which costs least: into SQLite when nobody else writes, and into
+PostgreSQL, for whose answer it need not stop, on a connection that is open. Else a thread does. What the loop answers
+meanwhile is written together afterwards.
 """
 
 from __future__ import annotations
@@ -9,15 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from django.db import OperationalError, connection
+from django.db import DEFAULT_DB_ALIAS, OperationalError, connection, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 
-from apps.endpoints.journal import Entry, NewRequest, conditional, journal, settle
+from apps.endpoints.journal import Entry, Insertion, NewRequest, Pieces, conditional, journal, settle
 from apps.endpoints.premise import Premise
+from apps.endpoints.sql import was_dropped
 from apps.endpoints.turns import NotFree, at_once, in_turn
+
+if TYPE_CHECKING:
+    from apps.endpoints.pipeline import Answers, Pipeline
 
 Group = Sequence[tuple[Entry, "asyncio.Future[int | None]"]]
 
@@ -45,6 +53,9 @@ class _LoopJournal:
         self._adapted_time = self._context.run(lambda: connection.ops.adapt_datetimefield_value)
         self._driver: Any = None
         self._waits_for_disk = True
+        # On PostgreSQL the loop and the thread share the thread's connection: one of them writes at a time.
+        self._shared: BaseDatabaseWrapper | None = None
+        self._pipeline: Pipeline | None = None
         self._waiting: list[tuple[Entry, asyncio.Future[int | None]]] = []
         self._is_writing = False
         self._for_thread: SimpleQueue[Group] = SimpleQueue()
@@ -64,19 +75,58 @@ class _LoopJournal:
 
     def _write(self) -> None:
         group, self._waiting = self._waiting, []
-        if self._has_written(group):
-            self._tell(group)
-        else:
-            self._for_thread.put(group)
-
-    def _has_written(self, group: Group) -> bool:
         try:
-            if connection.vendor != "sqlite" or self._would_wait():
-                return False
-            _settle(group, at_once)
+            is_written = self._write_by_itself(group)
         except Exception:  # NotFree, or of a connection that cannot be opened, as the thread will find, and tell
+            self._for_thread.put(group)
+        else:
+            if is_written:
+                self._tell(group)
+
+    def _write_by_itself(self, group: Group) -> bool:
+        """Whether it is written; else it is on its way. Raises an exception, and writes nothing, if it would wait."""
+        if connection.vendor == "postgresql":
+            self._send(group)
             return False
+        if connection.vendor != "sqlite" or self._would_wait():
+            raise NotFree
+        _settle(group, at_once)
         return True
+
+    def _send(self, group: Group) -> None:
+        pipeline = self._free_pipeline()
+        insertion = Insertion(entry for entry, _ in group)
+        pieces = Pieces(insertion.rows_of)
+        told = pipeline.ask(pieces.asked)
+        told.add_done_callback(partial(self._take, group, insertion, pieces), context=self._context)
+
+    def _free_pipeline(self) -> Pipeline:
+        """Raises NotFree where the thread is to open a connection, or to see whether one still serves."""
+        database = self._shared
+        if database is None or database.connection is None or database.errors_occurred:
+            raise NotFree
+        if database.execute_wrappers or database.force_debug_cursor:  # for who watches what is executed
+            raise NotFree
+        if (database.close_at is not None and time.monotonic() >= database.close_at) or was_dropped(database):
+            raise NotFree
+        if self._pipeline is None or self._pipeline.driver is not database.connection:
+            from apps.endpoints.pipeline import Pipeline  # psycopg is only there with PostgreSQL
+
+            self._pipeline = Pipeline(self.loop, database.connection)
+        return self._pipeline
+
+    def _take(self, group: Group, insertion: Insertion, pieces: Pieces, told: asyncio.Future[Answers | None]) -> None:
+        try:
+            answers = told.result()
+            if answers is None:  # it has refused one, and the thread finds out which: others shall not suffer for it
+                self._for_thread.put(group)
+                return
+            for entry, ids in insertion.ids_of_entries(pieces.ids(map(int, answer) for answer in answers)):
+                entry.ids = ids
+        except Exception as error:
+            self._shared.errors_occurred = True  # so that the thread looks at the connection
+            _fail(group, error)
+        self._tell(group)
 
     def _would_wait(self) -> bool:
         """Whether commits wait for the disk. From now on none waits for somebody else's."""
@@ -89,6 +139,7 @@ class _LoopJournal:
         return self._waits_for_disk
 
     def _write_in_thread(self) -> None:
+        self._shared = connections[DEFAULT_DB_ALIAS]
         while True:
             group = self._for_thread.get()
             _settle(group, in_turn)
@@ -125,6 +176,10 @@ def _settle(group: Group, when: Callable[..., Any]) -> None:
     except NotFree:
         raise
     except Exception as error:  # whatever it is: nobody may wait for ever
-        for entry in entries:
-            if not entry.is_settled:
-                entry.error = OperationalError(f"The connection failed: {error!r}")
+        _fail(group, error)
+
+
+def _fail(group: Group, error: Exception) -> None:
+    for entry, _ in group:
+        if not entry.is_settled:
+            entry.error = OperationalError(f"The connection failed: {error!r}")

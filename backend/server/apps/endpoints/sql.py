@@ -24,18 +24,20 @@ _Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
 
 
 class Statement:
-    """SQL with %s for each parameter and no other percent sign.
+    """SQL with %s for each parameter and no other percent sign. PostgreSQL keeps its plan for it."""
 
-    prepare: whether PostgreSQL is to keep its plan for it.
-    """
-
-    def __init__(self, sql: str, *, prepare: bool = True):
+    def __init__(self, sql: str):
         self.sql = sql
-        self.prepare = prepare
 
     @cached_property
     def _on_sqlite(self) -> str:
         return self.sql.replace("%s", "?")
+
+    @cached_property
+    def numbered(self) -> str:
+        """With $1 for the first parameter, as PostgreSQL itself has it."""
+        first, *others = self.sql.split("%s")
+        return first + "".join(f"${number}{other}" for number, other in enumerate(others, 1))
 
     def first_row(self, database: BaseDatabaseWrapper, parameters: Sequence[Any]) -> Sequence[Any] | None:
         return self._run(database, parameters, _fetched)
@@ -69,7 +71,7 @@ class Statement:
         # Django's cursors write the values into the SQL, and so have it planned anew each time, which costs more than
         # to run it.
         with Cursor(database.connection) as cursor:
-            cursor.execute(self.sql, parameters, prepare=self.prepare)
+            cursor.execute(self.sql, parameters, prepare=True)
             return read(cursor)
 
 
@@ -93,7 +95,7 @@ def rows_together(
                 if not database.in_atomic_block:
                     driver.execute("BEGIN")
                 for cursor, (statement, parameters) in zip(answers, asked, strict=True):
-                    cursor.execute(statement.sql, parameters, prepare=statement.prepare)
+                    cursor.execute(statement.sql, parameters, prepare=True)
                 if not database.in_atomic_block:
                     driver.execute("COMMIT")
         except BaseException:
