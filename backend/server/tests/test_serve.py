@@ -391,6 +391,16 @@ def test_what_comes_after_a_body_in_chunks_is_no_header(server):
     assert (status, b"Content-Length" in body) == (411, True)  # and not 403, as for a stranger
 
 
+def test_a_connection_ends_after_a_body_in_chunks(server):
+    chunked = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n"
+
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=10) as client:
+        client.sendall(chunked.encode() * 2)
+        answers = client.makefile("rb").read()
+    assert answers.startswith(b"HTTP/1.1 411") and answers.lower().count(b"connection: close") == 1
+    assert answers.count(b"HTTP/1.1") == 1
+
+
 def test_curl_that_waits_to_be_told_to_go_on_sends_a_large_body(server, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"Orders": 3, "RecencyDays": 20}] * 60_000))
