@@ -1,15 +1,19 @@
-"""How best to record answers durably: four ways, on SQLite and PostgreSQL, with 1, 8 and 64 callers in two processes.
+"""How best to record answers durably: five ways, on SQLite and PostgreSQL, with 1, 8 and 64 callers in two processes.
 
     python bench/journal.py [--seconds 2] [--rounds 3]
 
 orm: each caller inserts its own row by the ORM. alone: the same by SQL that is compiled once. together: as the
-product does, whoever may write next writes for all that wait. writer: a thread of its own writes for all.
+product does in threads, whoever may write next writes for all that wait. writer: a thread of its own writes for all.
+loop: as the product does on an event loop, whose tasks the callers are; only this one also has the database confirm
+who asks and what serves.
 Prints rows per second and the 99th percentile of a call, the median of the rounds, and the ratio to `orm`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import multiprocessing
 import os
 import queue
@@ -23,7 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 BACKEND = Path(__file__).resolve().parents[1] / "backend/server"
 sys.path.insert(0, str(BACKEND))
@@ -74,15 +78,23 @@ class _Writer:
                 done.set_result([next(ids) for _ in rows])
 
 
+class _Known(NamedTuple):
+    """Whose requests are recorded, of whom, and on what they rest."""
+
+    algorithm: int
+    premise: tuple[Any, ...]
+
+
 WAYS: dict[str, Callable[[], Callable[[list[Any]], list[int]]]] = {
     "orm": lambda: _orm,
     "alone": lambda: _alone,
     "together": lambda: _together,
     "writer": _Writer,
 }
+LOOP = "loop"
 
 
-def _load(way: str, callers: int, seconds: float, algorithm: int, ready: Any, told: Any) -> None:
+def _load(way: str, callers: int, seconds: float, known: _Known, ready: Any, told: Any) -> None:
     """One process: callers that record until time is over; tells how long each call took, in seconds."""
     import django
 
@@ -93,19 +105,31 @@ def _load(way: str, callers: int, seconds: float, algorithm: int, ready: Any, to
     from apps.endpoints.journal import NewRequest
 
     checkpoints.begin()
-    record, times = WAYS[way](), []
     customer = {f"Column{number}": number * 1.5 for number in range(12)}
 
+    def row() -> NewRequest:
+        now, answer = timezone.now(), {"probability": 0.5, "label": "0"}
+        return NewRequest(customer, answer, "0", 0.5, now, 1.0, "key", known.algorithm, None)
+
+    load = _load_of_tasks if way == LOOP else _load_of_threads
+    told.put(load(way, callers, seconds, known, row, ready.wait))
+
+
+def _load_of_threads(
+    way: str, callers: int, seconds: float, known: _Known, row: Callable[[], Any], ready: Callable[[], object]
+) -> list[float]:
+    record, times = WAYS[way](), []
+    begin = threading.Barrier(callers, action=ready)
+
     def call() -> None:
-        now = timezone.now()
-        row = NewRequest(customer, {"probability": 0.5, "label": "0"}, "0", 0.5, now, 1.0, "key", algorithm, None)
+        one = row()
         began = time.perf_counter()
-        record([row])
+        record([one])
         times.append(time.perf_counter() - began)
 
     def caller() -> None:
         call()  # opens the connection
-        ready.wait()
+        begin.wait()
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             call()
@@ -115,17 +139,48 @@ def _load(way: str, callers: int, seconds: float, algorithm: int, ready: Any, to
         thread.start()
     for thread in threads:
         thread.join()
-    told.put(times)
+    return times
 
 
-def _measure(way: str, callers: int, seconds: float, algorithm: int) -> tuple[float, float]:
+def _load_of_tasks(
+    way: str, callers: int, seconds: float, known: _Known, row: Callable[[], Any], ready: Callable[[], object]
+) -> list[float]:
+    import uvloop
+
+    from apps.endpoints.loop_journal import record_if
+    from apps.endpoints.premise import Premise
+
+    os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "1"  # as server.asgi does it
+    premise, times = Premise(*known.premise), []
+
+    async def call() -> None:
+        one = row()
+        began = time.perf_counter()
+        if await record_if(premise, one) is None:
+            raise RuntimeError("The premise does not hold.")
+        times.append(time.perf_counter() - began)
+
+    async def caller(end: float) -> None:
+        while time.perf_counter() < end:
+            await call()
+
+    async def main() -> None:
+        await call()  # opens the connection
+        ready()
+        end = time.perf_counter() + seconds
+        await asyncio.gather(*[caller(end) for _ in range(callers)])
+
+    uvloop.run(main())
+    return times
+
+
+def _measure(way: str, callers: int, seconds: float, known: _Known) -> tuple[float, float]:
     """Rows per second, and the 99th percentile of a call in milliseconds."""
     context = multiprocessing.get_context("spawn")
     shares = [callers // PROCESSES + (number < callers % PROCESSES) for number in range(PROCESSES)]
-    ready, told = context.Barrier(callers), context.Queue()
-    processes = [
-        context.Process(target=_load, args=(way, share, seconds, algorithm, ready, told)) for share in shares if share
-    ]
+    shares = [share for share in shares if share]
+    ready, told = context.Barrier(len(shares)), context.Queue()
+    processes = [context.Process(target=_load, args=(way, share, seconds, known, ready, told)) for share in shares]
     for process in processes:
         process.start()
     times = sorted(each for _ in processes for each in told.get(timeout=60 + seconds))
@@ -134,18 +189,29 @@ def _measure(way: str, callers: int, seconds: float, algorithm: int) -> tuple[fl
     return len(times) / seconds, times[int(len(times) * 0.99)] * 1000
 
 
-def _an_algorithm() -> int:
-    """The id of an algorithm in a new database, to which the requests belong."""
-    make = (
-        "from apps.endpoints import lifecycle; from django.utils import timezone; import sys;"
-        "sys.stdout.write(str(lifecycle.register('bench', 'none', '1', status='testing', owner='bench',"
-        "now=timezone.now(), key='none', artifact='', artifact_sha256='', schema_sha256='').pk))"
-    )
-    for arguments in (["migrate", "--verbosity", "0"], ["shell", "--no-imports", "-c", make]):
+MAKE = """
+import json, sys
+from django.contrib.auth.models import User
+from django.utils import timezone
+from knox.models import AuthToken
+from apps.endpoints import lifecycle
+from apps.endpoints.models import MLAlgorithmStatus
+made = lifecycle.register("bench", "none", "1", status="testing", owner="bench", now=timezone.now(), key="none",
+                          artifact="", artifact_sha256="", schema_sha256="")
+digest = AuthToken.objects.create(User.objects.create_user("bench"))[0].digest
+step = MLAlgorithmStatus.objects.latest("id").pk
+json.dump([made.pk, [digest, made.parent_endpoint_id, "bench", step]], sys.stdout)
+"""
+
+
+def _known() -> _Known:
+    """What is in a new database."""
+    for arguments in (["migrate", "--verbosity", "0"], ["shell", "--no-imports", "-c", MAKE]):
         done = subprocess.run(
             [sys.executable, "manage.py", *arguments], cwd=BACKEND, check=True, capture_output=True, text=True
         )
-    return int(done.stdout)
+    algorithm, premise = json.loads(done.stdout)
+    return _Known(algorithm, tuple(premise))
 
 
 def main() -> None:
@@ -161,12 +227,12 @@ def main() -> None:
             databases["PostgreSQL"] = postgresql.new_database(stack.enter_context(postgresql.running(durable=True)))
         for name, url in databases.items():
             os.environ["DATABASE_URL"] = url
-            algorithm = _an_algorithm()
+            known = _known()
             for callers in CALLERS:
-                figures: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+                figures: dict[str, list[tuple[float, float]]] = {way: [] for way in (*WAYS, LOOP)}
                 for _ in range(asked.rounds):
                     for way, found in figures.items():
-                        found.append(_measure(way, callers, asked.seconds, algorithm))
+                        found.append(_measure(way, callers, asked.seconds, known))
                 medians = {
                     way: [statistics.median(one) for one in zip(*of, strict=True)] for way, of in figures.items()
                 }
