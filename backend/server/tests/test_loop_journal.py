@@ -12,7 +12,7 @@ pytestmark = pytest.mark.whole
 
 # What the scripts share.
 BEGIN = """
-import asyncio, json, os, sqlite3, sys, threading, time
+import asyncio, gc, json, os, sqlite3, sys, threading, time
 try:
     from uvloop import run  # where there is one, the server has it
 except ImportError:
@@ -236,22 +236,81 @@ def test_while_postgresql_takes_its_time_the_loop_goes_on(run, postgresql_url, l
     assert came["own"]
 
 
-NUL = """
+ONE_IS_REFUSED = """
+with connection.cursor() as cursor:
+    cursor.execute(BEFORE)
+
 async def main():
     first = await record("first")
-    told = await asyncio.gather(record("a"), record("b\\0"), record("c"), return_exceptions=True)
-    return [first, *told, await record("last")]
+    # For two premises, and so by several statements.
+    told = await asyncio.gather(record("a"), REFUSED, record("c"), record("never", fails), return_exceptions=True)
+    by_thread = len(writers)
+    return [first, *told, *await asyncio.gather(*[record(str(key)) for key in range(40)])], len(writers) - by_thread
 
-first, a, refused, c, last = run(main())
-found = list(MLRequest.objects.order_by("pk").values_list("customer_key", flat=True))
-end(refused=type(refused).__name__, own=own([first, a, c, last]), found=found)
+(first, a, refused, c, never, *later), later_by_thread = run(main())
+end(refused=type(refused).__name__, never=never, own=own([first, a, c, *later]), later_by_thread=later_by_thread)
+"""
+NOTHING = "SELECT 1"
+AT_THE_END = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE integrity_constraint_violation; END$$;
+CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON endpoints_mlrequest DEFERRABLE INITIALLY DEFERRED
+FOR EACH ROW WHEN (NEW.customer_key = 'b') EXECUTE FUNCTION refuse()
 """
 
 
-def test_what_postgresql_would_cut_off_is_refused_alone(run, postgresql_url):
-    came = run(postgresql.new_database(postgresql_url), NUL)
+@pytest.mark.parametrize(
+    ("before", "refused", "error"),
+    [
+        (NOTHING, 'record("b", label=None)', "IntegrityError"),
+        (AT_THE_END, 'record("b")', "IntegrityError"),
+        (NOTHING, r'record("b\0")', "DataError"),
+    ],
+    ids=["at once", "at the end of the transaction", "before it is sent, as a part would arrive"],
+)
+def test_a_row_that_is_refused_harms_no_other_and_the_loop_writes_on(run, postgresql_url, before, refused, error):
+    script = ONE_IS_REFUSED.replace("BEFORE", repr(before)).replace("REFUSED", refused)
+    came = run(postgresql.new_database(postgresql_url), script)
 
-    assert came == {"refused": "DataError", "own": True, "found": ["first", "a", "c", "last"]}
+    assert came == {"refused": error, "never": None, "own": True, "later_by_thread": 0}
+
+
+DROPPED_ROW = """
+with connection.cursor() as cursor:
+    cursor.execute("CREATE FUNCTION drop_it() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RETURN NULL; END$$")
+    cursor.execute("CREATE TRIGGER drop_it BEFORE INSERT ON endpoints_mlrequest FOR EACH ROW"
+                   " WHEN (NEW.customer_key = 'b') EXECUTE FUNCTION drop_it()")
+
+async def main():
+    await record("first")
+    told = await asyncio.gather(record("a"), record("b"), record("c"), return_exceptions=True)
+    return [type(one).__name__ for one in told], await record("last")
+
+failed, last = run(main())
+end(failed=failed, own=MLRequest.objects.get(customer_key="last").pk == last)
+"""
+
+
+def test_rows_whose_ids_cannot_be_told_apart_get_none(run, postgresql_url):
+    came = run(postgresql.new_database(postgresql_url), DROPPED_ROW)
+
+    assert came == {"failed": ["OperationalError"] * 3, "own": True}
+
+
+FORGOTTEN = """
+async def main():
+    told = [await record("first"), await record("second")]
+    loop_journal._journal._shared.connection.execute("DEALLOCATE ALL")  # as somebody between may do it
+    return [*told, await record("third"), await record("fourth")]
+
+told = run(main())
+end(own=own(told), writers=writers)
+"""
+
+
+def test_statements_that_postgresql_has_forgotten_are_prepared_anew(run, postgresql_url):
+    came = run(postgresql.new_database(postgresql_url), FORGOTTEN)
+
+    assert came == {"own": True, "writers": [["journal", 1], ["journal", 1]]}
 
 
 BROKEN = """
@@ -313,20 +372,25 @@ def drop():
     connection.close()
 
 async def main():
-    first = await record("first")
-    await asyncio.to_thread(drop)
-    return first, await record("none"), await record("later")
+    told, nones, descriptors = [await record("first")], [], []
+    for number in range(4):
+        await asyncio.to_thread(drop)
+        nones.append(await record("none"))
+        told += [await record("by the thread"), await record("by the loop")]
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+    return told, nones, descriptors
 
-first, none, later = run(main())
+gc.disable()
+told, nones, descriptors = run(main())
 connection.close()
-end(none=none, own=own([first, later]))
+end(nones=nones, own=own(told), leaks=len(set(descriptors)) > 1)
 """
 
 
 def test_a_connection_that_postgresql_has_ended_is_missed_once(run, postgresql_url):
     came = run(postgresql.new_database(postgresql_url), DROPPED)
 
-    assert came == {"none": None, "own": True}
+    assert came == {"nones": [None] * 4, "own": True, "leaks": False}
 
 
 GIVEN_UP = """

@@ -349,11 +349,14 @@ class Pieces:
     def ids(self, answers: Iterable[Iterable[int]]) -> list[Sequence[int | None]]:
         """Of the rows of each premise, given those that each statement has answered.
 
-        It draws them for its rows in the order that it asks for; that of its answer is open.
+        It draws them for its rows in the order that it asks for; that of its answer is open. Raises InterfaceError.
         """
         ids_of: dict[Premise | None, list[int | None]] = {premise: [] for premise in self._premises}
         for (premise, count), answer in zip(self._pieces, answers, strict=True):
-            ids_of[premise] += sorted(answer) or [None] * count
+            ids = sorted(answer) or [None] * count
+            if len(ids) != count:
+                raise InterfaceError(f"{count} rows were given {len(ids)} ids.")
+            ids_of[premise] += ids
         return [*ids_of.values()]
 
 

@@ -112,6 +112,8 @@ class _LoopJournal:
         if self._pipeline is None or self._pipeline.driver is not database.connection:
             from apps.endpoints.pipeline import Pipeline  # psycopg is only there with PostgreSQL
 
+            if self._pipeline is not None:
+                self._pipeline.close()
             self._pipeline = Pipeline(self.loop, database.connection)
         return self._pipeline
 

@@ -12,12 +12,15 @@ from itertools import count
 from typing import Any
 
 import psycopg
-from psycopg.pq import ConnStatus, ExecStatus, PGresult
+from psycopg.pq import DiagnosticField, ExecStatus, PGresult
 
 from apps.endpoints.sql import Statement
 
 # Of each statement's rows the first column, as PostgreSQL writes it.
 Answers = list[list[bytes]]
+
+# What PostgreSQL says of a prepared statement that it no longer has, or that a migration has outdated.
+_NO_LONGER_PREPARED = {b"26000", b"0A000"}
 
 
 class Pipeline:
@@ -30,7 +33,8 @@ class Pipeline:
         self.driver = driver
         self._loop = loop
         self._libpq = driver.pgconn
-        # uvloop forgets a socket on which there is an error, and tells nobody. It looks at the selector in its place.
+        # uvloop gives up a socket at the first sign of an error, when there may be more to read. It looks at the
+        # selector in its place.
         self._selector = selectors.DefaultSelector()
         self._socket = self._selector.register(self._libpq.socket, selectors.EVENT_READ).fd
         self._names: dict[str, bytes] = {}  # of prepared statements
@@ -38,7 +42,11 @@ class Pipeline:
         self._preparing: list[str] = []
         self._answers: Answers = []
         self._is_refused = self._is_sending = False
-        self._told: asyncio.Future[Answers | None]
+        self._told: asyncio.Future[Answers | None] | None = None
+
+    def close(self) -> None:
+        """Nothing may be on its way. The connection stays as it is."""
+        self._selector.close()
 
     def ask(self, asked: Sequence[tuple[Statement, Sequence[Any]]]) -> asyncio.Future[Answers | None]:
         """None when PostgreSQL refuses a statement, and so does none of them.
@@ -87,12 +95,15 @@ class Pipeline:
             if self._is_sending:
                 self._flush()
             self._libpq.consume_input()
+            is_over = False
             while not self._libpq.is_busy():
                 result = self._libpq.get_result()
-                if result is None:  # the end of a statement, or of everything
-                    if self._libpq.status != ConnStatus.OK:
+                if result is None:  # the end of a statement, or, before the Sync, of the connection
+                    if is_over:
                         raise psycopg.OperationalError("The connection is lost.")
+                    is_over = True
                     continue
+                is_over = False
                 if result.status == ExecStatus.PIPELINE_SYNC:
                     self._libpq.exit_pipeline_mode()
                     self._end()
@@ -106,17 +117,25 @@ class Pipeline:
             self._answers.append([result.get_value(row, 0) for row in range(result.ntuples)])
         elif result.status == ExecStatus.COMMAND_OK:
             del self._preparing[0]
-        else:
+        elif result.status == ExecStatus.PIPELINE_ABORTED:
             self._is_refused = True
+        elif result.error_field(DiagnosticField.SEVERITY_NONLOCALIZED) == b"ERROR":
+            self._is_refused = True
+            if result.error_field(DiagnosticField.SQLSTATE) in _NO_LONGER_PREPARED:
+                self._names.clear()
+        else:  # PostgreSQL may have gone on, unless it says that this ended the transaction
+            raise psycopg.OperationalError(result.get_error_message())
 
     def _end(self, error: Exception | None = None) -> None:
         for sql in self._preparing:  # which came to nothing
-            del self._names[sql]
+            self._names.pop(sql, None)
         self._loop.remove_reader(self._selector.fileno())
+        told, self._told = self._told, None
         if error is None:
-            self._told.set_result(None if self._is_refused else self._answers)
+            told.set_result(None if self._is_refused else self._answers)
         else:
-            self._told.set_exception(error)
+            self._libpq.finish()
+            told.set_exception(error)
 
 
 def _text(value: Any) -> bytes | None:

@@ -101,7 +101,8 @@ def rows_together(
         except BaseException:
             if not database.in_atomic_block:
                 with suppress(psycopg.Error):  # where the connection itself was lost
-                    driver.rollback()
+                    # Not driver.rollback(), after which PostgreSQL would have forgotten all prepared statements.
+                    driver.pgconn.exec_(b"ROLLBACK")
             raise
         return [cursor.fetchall() for cursor in answers]
 
