@@ -140,21 +140,27 @@ async def main():
     return [*first, *await asyncio.gather(*[record(str(key)) for key in range(40)]), await record("last")]
 
 told = run(main())
-end(own=own(told), writers=writers)
+driver = loop_journal._journal._shared.connection
+prepared = bool(driver and driver.execute("SELECT FROM pg_prepared_statements WHERE name LIKE '_loop%'").rowcount)
+end(own=own(told), writers=writers, prepared=prepared)
 """
 
 
-@pytest.mark.parametrize("query", ["", "?prepare_threshold=0"], ids=["by default", "prepare_threshold"])
-def test_on_postgresql_a_thread_opens_the_connection_and_the_loop_uses_it(run, postgresql_url, query):
+@pytest.mark.parametrize(
+    ("query", "prepared"),
+    [("", True), ("?DISABLE_SERVER_SIDE_CURSORS=True", False)],
+    ids=["by itself", "behind a pooler, which hands a connection on"],
+)
+def test_on_postgresql_a_thread_opens_the_connection_and_the_loop_uses_it(run, postgresql_url, query, prepared):
     came = run(postgresql.new_database(postgresql_url) + query, WHO_GOES_ON)
 
-    assert came == {"own": True, "writers": [["journal", 5]]}
+    assert came == {"own": True, "writers": [["journal", 5]], "prepared": prepared}
 
 
 def test_a_connection_that_is_closed_after_each_use_is_the_threads(run, postgresql_url):
     came = run(postgresql.new_database(postgresql_url) + "?conn_max_age=0", WHO_GOES_ON)
 
-    assert came == {"own": True, "writers": [["journal", 5], ["journal", 40], ["journal", 1]]}
+    assert (came["own"], came["writers"]) == (True, [["journal", 5], ["journal", 40], ["journal", 1]])
 
 
 WHILE_HELD = """
