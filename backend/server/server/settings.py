@@ -130,11 +130,15 @@ if _database["ENGINE"] == "django.db.backends.sqlite3":
 else:
     _database.setdefault("CONN_MAX_AGE", env.number("CONN_MAX_AGE", default=60, least=0))
     _database["CONN_HEALTH_CHECKS"] = True
-    # PostgreSQL plans the statements of a prediction once per connection. Poolers that hand connections on between
-    # transactions cannot keep that; Django's own switch for them is ?DISABLE_SERVER_SIDE_CURSORS=True in the URL.
-    if _database["ENGINE"].endswith(".postgresql") and not _database.get("DISABLE_SERVER_SIDE_CURSORS"):
-        # So often that only those are prepared which ask for it.
-        _database["OPTIONS"] = {"prepare_threshold": sys.maxsize, **_database.get("OPTIONS", {})}
+    if _database["ENGINE"].endswith(".postgresql"):
+        # A host that is gone without a word is given up after half a minute; of themselves, systems wait up to hours.
+        _options = {"connect_timeout": 10, "tcp_user_timeout": 30_000}
+        _options |= {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+        # PostgreSQL plans the statements of a prediction once per connection. Poolers that hand connections on between
+        # transactions cannot keep that; Django's own switch for them is ?DISABLE_SERVER_SIDE_CURSORS=True in the URL.
+        if not _database.get("DISABLE_SERVER_SIDE_CURSORS"):
+            _options["prepare_threshold"] = sys.maxsize  # so often that only those are prepared which ask for it
+        _database["OPTIONS"] = {**_options, **_database.get("OPTIONS", {})}
 
 # --- REST -------------------------------------------------------------------------------------------------
 REST_FRAMEWORK = {

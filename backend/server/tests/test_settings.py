@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from apps.endpoints.models import Status
 from server import environment
+from tests import processes
 from tests.processes import BACKEND, REPOSITORY, manage
 
 EXAMPLE = REPOSITORY / ".env.example"
@@ -269,18 +270,38 @@ def test_the_file_of_an_sqlite_url_does_not_depend_on_the_working_directory(monk
 
 
 @pytest.mark.parametrize(
-    ("url", "options"),
+    ("url", "threshold"),
     [
-        ("postgresql://u:p@h/db", {"prepare_threshold": sys.maxsize}),
-        ("postgresql://u:p@h/db?prepare_threshold=0&connect_timeout=3", {"prepare_threshold": 0, "connect_timeout": 3}),
-        ("postgresql://u:p@h/db?DISABLE_SERVER_SIDE_CURSORS=True", {}),
-        ("mysql://u:p@h/db", {}),
+        ("postgresql://u:p@h/db", sys.maxsize),
+        ("postgresql://u:p@h/db?prepare_threshold=0", 0),
+        ("postgresql://u:p@h/db?DISABLE_SERVER_SIDE_CURSORS=True", None),
+        ("mysql://u:p@h/db", None),
     ],
 )
-def test_statements_are_prepared_on_postgresql_unless_a_pooler_is_in_between(url, options):
+def test_statements_are_prepared_on_postgresql_unless_a_pooler_is_in_between(url, threshold):
     (database,) = settings_of(bare(DATABASE_URL=url))["DATABASES"].values()
 
-    assert database.get("OPTIONS", {}) == options
+    assert database.get("OPTIONS", {}).get("prepare_threshold") == threshold
+
+
+PATIENCE = """
+import json, socket, sys
+from django.db import connection
+connection.ensure_connection()
+with socket.fromfd(connection.connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as tcp:
+    names = ["TCP_USER_TIMEOUT", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"]
+    json.dump([tcp.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names], sys.stdout)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no such timeout")
+@pytest.mark.parametrize(
+    ("query", "patience"), [("", [30_000, 15, 5, 3]), ("?tcp_user_timeout=5000&keepalives_idle=60", [5_000, 60, 5, 3])]
+)
+def test_postgresql_is_not_waited_for_when_its_host_is_gone(postgresql_url, tmp_path, query, patience):
+    env = processes.environment(postgresql_url + "/postgres" + query, tmp_path)
+
+    assert json.loads(manage("shell", "--no-imports", "-c", PATIENCE, env=env).stdout) == patience
 
 
 @pytest.mark.parametrize(
