@@ -105,6 +105,53 @@ def test_a_row_that_cannot_be_recorded_is_refused_to_its_own_caller_alone(record
     assert came["rows"] == 11 * ROWS
 
 
+ALL_OR_NONE = """
+import json, sys
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+from apps.endpoints.journal import NewRequest, journal
+from apps.endpoints.models import MLRequest
+from apps.ml.registry import registry
+
+algorithm = registry.register_run()[0].pk
+
+def record(count, bad=None):
+    labels = [None if number == bad else "1" for number in range(count)]
+    journal.record([NewRequest({}, {}, label, 0.5, timezone.now(), 1.0, "key", algorithm, None) for label in labels])
+
+def is_refused(count, bad):
+    try:
+        record(count, bad)
+    except IntegrityError:
+        return True
+
+refused, rows = [], []
+for count in (30, 150, 250):
+    for bad in (0, count // 2, count - 1):
+        refused.append(is_refused(count, bad))
+        rows.append(MLRequest.objects.count())
+        with transaction.atomic():
+            record(1)
+            refused.append(is_refused(count, bad))
+            record(count)
+        rows.append(MLRequest.objects.count())
+        MLRequest.objects.all().delete()
+sys.stdout.write(json.dumps([refused, rows]))
+"""
+
+
+def test_of_a_list_with_a_row_that_is_refused_none_is_recorded_and_the_callers_transaction_goes_on(
+    database_url, trained
+):
+    env = processes.environment(database_url, trained)
+    processes.manage("migrate", env=env)
+
+    refused, rows = json.loads(processes.manage("shell", "--no-imports", "-c", ALL_OR_NONE, env=env).stdout)
+
+    assert refused == [True] * 18
+    assert rows == [0, 31] * 3 + [0, 151] * 3 + [0, 251] * 3
+
+
 # The main thread waits for one that waits for the database, and is interrupted as Ctrl-C does it.
 INTERRUPTED = """
 import json, os, signal, sqlite3, sys, threading, time

@@ -269,7 +269,7 @@ def insert_in_bulk(prepared: list[Row] | pa.Array, told: Callable[[Sequence[int]
             told(ids)
             copy.write(_numbered(ids, prepared))
     elif connection.vendor == "sqlite":
-        _insert_by_statements_of_many(prepared, told=told)
+        _insert_by_statements_of_many(prepared, may_leave_a_part=True, told=told)
     else:
         told(_insert_one_by_one(prepared))
 
@@ -288,13 +288,17 @@ def _insert_together(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequen
     is_one_statement = len(rows_of) == 1 and all(len(rows) <= most for rows in rows_of.values())
     with nullcontext() if is_one_statement else transaction.atomic():
         if connection.vendor == "sqlite":
-            return [_insert_by_statements_of_many(rows, premise) for premise, rows in rows_of.items()]
+            undoes = not is_one_statement
+            return [
+                _insert_by_statements_of_many(rows, premise, may_leave_a_part=undoes)
+                for premise, rows in rows_of.items()
+            ]
         return [_insert_one_by_one(rows) for rows in rows_of.values()]
 
 
 def _insert_one_by_one(rows: Sequence[Row]) -> list[int]:
     database = connections[DEFAULT_DB_ALIAS]
-    return [_insert_statement(1, False).last_id(database, row) for row in rows]
+    return [_insert_statement(1).last_id(database, row) for row in rows]
 
 
 # A statement for each row would cost a wait each: for PostgreSQL's answer, or for one's turn in Python, since another
@@ -302,12 +306,19 @@ def _insert_one_by_one(rows: Sequence[Row]) -> list[int]:
 
 
 def _insert_by_statements_of_many(
-    rows: Sequence[Row], premise: Premise | None = None, told: Callable[[Sequence[int]], object] = lambda ids: None
+    rows: Sequence[Row],
+    premise: Premise | None = None,
+    *,
+    may_leave_a_part: bool,
+    told: Callable[[Sequence[int]], object] = lambda ids: None,
 ) -> Sequence[int | None]:
-    """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other."""
+    """In SQLite nobody else writes during a transaction, so the ids that it gives out follow each other.
+
+    may_leave_a_part: of what a row that is refused ends, as the transaction is then undone.
+    """
     database = connections[DEFAULT_DB_ALIAS]
     ids, last_id = range(0), 0
-    for some, statement, values in _statements(rows, premise):
+    for some, statement, values in _statements(rows, premise, may_leave_a_part):
         last_id = statement.last_id(database, values)
         if last_id is None:
             return [None] * len(rows)
@@ -361,7 +372,7 @@ class Pieces:
 
 
 def _statements(
-    rows: Sequence[Row], premise: Premise | None
+    rows: Sequence[Row], premise: Premise | None, may_leave_a_part: bool = False
 ) -> Iterator[tuple[Sequence[Row], Statement, Sequence[Any]]]:
     """Some of the rows after others, the statement that inserts them, and its values."""
     # At one moment for all of them, so that the premise holds for all or none.
@@ -369,15 +380,18 @@ def _statements(
     most = ROWS_OF_A_STATEMENT[connection.vendor]
     for begin in range(0, len(rows), most):
         some = rows[begin : begin + most]
-        statement = _insert_statement(len(some), premise is not None)
+        statement = _insert_statement(len(some), premise is not None, may_leave_a_part)
         yield some, statement, [*chain.from_iterable(some), *values_of_premise]
 
 
 @cache
-def _insert_statement(rows: int, are_conditional: bool) -> Statement:
+def _insert_statement(rows: int, are_conditional: bool = False, may_leave_a_part: bool = False) -> Statement:
     """For the values of so many rows, and then those of their premise. Where there is RETURNING it gives the ids."""
     names = NewRequest._fields
-    insert, returning = f"INSERT INTO {_table_and_columns()}", ""
+    # Within a transaction SQLite copies each page that a statement of many rows changes, to undo it if one is refused,
+    # which takes as long as the rows. With OR FAIL it does not, and the rows before that one stay.
+    conflict = " OR FAIL" if may_leave_a_part and connection.vendor == "sqlite" else ""
+    insert, returning = f"INSERT{conflict} INTO {_table_and_columns()}", ""
     values = ["%s"] * len(names)
     is_postgresql = connection.vendor == "postgresql"
     if is_postgresql:
