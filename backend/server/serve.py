@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -142,6 +143,7 @@ class Server(uvicorn.Server):
         self._serves = serves
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._queues = [each.dup() for each in sockets or []]
         await super().startup(sockets)
         self._serves.set()
 
@@ -152,12 +154,28 @@ class Server(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn closes connections of which it has read nothing yet."""
+        """uvicorn closes connections of which it has read nothing yet, and the system those that nobody accepted."""
         self.server_state.is_ending = True
         for server in self.servers:
             server.close()
+        await asyncio.sleep(0)  # in the next round of the loop they are closed
+        for client in chain.from_iterable(map(accept_last, self._queues)):
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, client)
         await asyncio.sleep(0.1)
         await super().shutdown(sockets)
+
+    def _protocol(self) -> Protocol:
+        return Protocol(self.config, self.server_state, self.lifespan.state)
+
+
+def accept_last(queue: socket.socket) -> list[socket.socket]:
+    """Who waits to be accepted. The queue is closed at once then, as the system resets whoever comes in between."""
+    queue.setblocking(False)
+    clients = []
+    with queue, contextlib.suppress(OSError):  # of whom none is left
+        while True:
+            clients.append(queue.accept()[0])
+    return clients
 
 
 class BatchWorkers:
