@@ -160,7 +160,8 @@ class Server(uvicorn.Server):
             server.close()
         await asyncio.sleep(0)  # in the next round of the loop they are closed
         for client in chain.from_iterable(map(accept_last, self._queues)):
-            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, client)
+            with contextlib.suppress(OSError):  # of one that is gone again; the others wait
+                await asyncio.get_running_loop().connect_accepted_socket(self._protocol, client)
         await asyncio.sleep(0.1)
         await super().shutdown(sockets)
 

@@ -50,6 +50,14 @@ def record(key, premise=holds, label="1", **customer):
 def own(told):
     return told == list(MLRequest.objects.order_by("pk").values_list("pk", flat=True))
 
+async def longest_pause():
+    # Of the loop, in seconds.
+    longest, last = 0, time.monotonic()
+    for _ in range(50):
+        await asyncio.sleep(0.01)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    return longest
+
 def end(**came):
     connection.close()
     sys.stdout.write(json.dumps(came))
@@ -169,10 +177,7 @@ async def main():
     HOLD
     # For two premises, and so by several statements.
     waiting = asyncio.gather(record("second"), record("never", fails))
-    longest, last = 0, time.monotonic()
-    for _ in range(50):
-        await asyncio.sleep(0.01)
-        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    longest = await longest_pause()
     was_done = waiting.done()
     LET_GO
     second, never = await waiting
@@ -211,10 +216,7 @@ async def main():
         # More than goes out at once.
         waiting = asyncio.gather(*[record(str(key), text="x" * 300_000) for key in range(40)], return_exceptions=True)
         await asyncio.sleep(0.5)
-        longest, last = 0, time.monotonic()
-        for _ in range(50):
-            await asyncio.sleep(0.01)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        longest = await longest_pause()
         was_done = waiting.done()
         LET_GO
         cursor.execute("ROLLBACK")
