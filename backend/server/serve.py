@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 import uvicorn
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server import serving
-from server.bridge import BREAKS_OFF
+from server.bridge import BREAKS_OFF, WHOLE_ANSWER
 
 # How long a stopping server goes on with the requests that it has accepted.
 GRACE_SECONDS = 30
@@ -55,6 +55,30 @@ IS_LINUX = sys.platform == "linux"
 PROCESSES = multiprocessing.get_context("fork" if IS_LINUX else "spawn")
 
 logger = logging.getLogger("server")
+
+
+class Cycle(RequestResponseCycle):
+    """uvicorn's, for whole answers too. Its own way checks and joins each header anew, a tenth of a prediction."""
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] != WHOLE_ANSWER:
+            await super().send(message)
+            return
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        content = [STATUS_LINE[200], *(b"%b: %b\r\n" % header for header in self.default_headers), message["head"]]
+        if not self.keep_alive:
+            content.append(b"connection: close\r\n")
+        content += [b"\r\n", message["body"]]
+        self.transport.write(b"".join(content))
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
 
 
 class Protocol(HttpToolsProtocol):
@@ -115,12 +139,17 @@ class Protocol(HttpToolsProtocol):
         elif len(self.headers) > MOST_HEADERS:
             self._refusal = "431 Request Header Fields Too Large"
         else:
+            self.scope["extensions"] = {WHOLE_ANSWER: {}}
             super().on_headers_complete()
             # What may come after a body in chunks has no bounds.
             if self.server_state.is_ending or any(name == b"transfer-encoding" for name, _ in self.headers):
                 self.cycle.keep_alive = False
             return
         raise ValueError(self._refusal)  # the parser ends with it, and uvicorn refuses
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        cycle.__class__ = Cycle
+        super()._start_asgi_task(cycle, app)
 
     def _refuse(self, why: str) -> None:
         self._refusal = why

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 from wsgiref.util import FileWrapper
 
-from server.handler import Environ, Handler, announced_bytes
+from server.handler import Environ, Handler, Passed, announced_bytes, with_length
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -26,6 +26,9 @@ BLOCK_BYTES = 262_144
 LONGEST_NAME = 100
 # In the scope of a request that has ended before its body has.
 BREAKS_OFF = "retention.breaks_off"
+# An extension of ASGI: a message of this type is a whole answer, with 200. head: its headers as they are sent, but for
+# those that are the server's to say.
+WHOLE_ANSWER = "retention.whole_answer"
 # For a piece of a body, or of an answer, before the thread that waits for it is set free.
 PATIENCE_SECONDS = 75
 
@@ -41,10 +44,12 @@ class Bridge:
         if scope["type"] != "http":
             raise ValueError(f"This is no application for {scope['type']}.")
         exchange = _Exchange(scope, receive, send)
-        body = await self._application.answer_on_loop(exchange.environ, exchange.start, exchange.read)
-        if body is None:
+        answered = await self._application.answer_on_loop(exchange.environ, exchange.read)
+        if answered:
+            await exchange.send_whole(*answered)
+        else:
             body = await exchange.loop.run_in_executor(self._threads, self._in_thread, exchange)
-        await exchange.send(body, more=False)
+            await exchange.send(body, more=False)
 
     def _in_thread(self, exchange: _Exchange) -> bytes:
         """The body, or what is left of it where it comes in pieces."""
@@ -106,6 +111,14 @@ class _Exchange:
             "status": int(status[:3]),
             "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers],
         }
+
+    async def send_whole(self, passed: Passed, body: bytes) -> None:
+        if WHOLE_ANSWER in self._scope.get("extensions", ()):
+            head = b"%bcontent-length: %d\r\n" % (passed.head, len(body))
+            await self._send({"type": WHOLE_ANSWER, "head": head, "body": body})
+        else:
+            self.start("200 OK", with_length(passed.headers, body))
+            await self.send(body, more=False)
 
     async def send(self, piece: bytes, *, more: bool) -> None:
         if self._head is not None:

@@ -16,7 +16,8 @@ from django.http import HttpResponse
 from server import logs
 
 Environ = dict[str, Any]
-StartResponse = Callable[[str, list[tuple[str, str]]], object]
+Headers = list[tuple[str, str]]
+StartResponse = Callable[[str, Headers], object]
 
 # In the environment of a request for which the short way was no way.
 WAS_TRIED = "retention.was_tried"
@@ -36,13 +37,15 @@ class Passed(NamedTuple):
     """What became of a call that Django and its middleware let through to its view.
 
     answer_again: the answer to another call like it, given how to read its body; or None. answer_on_loop: the same on
-    an event loop; raises BlockingIOError if it needs a thread. headers: those of the answer, but its length.
+    an event loop; raises BlockingIOError if it needs a thread. headers: those of the answer, but its length; head: the
+    same as they are sent.
     """
 
     answer_again: Callable[[Environ, Callable[[], bytes]], bytes | None]
     answer_on_loop: Callable[[Environ, Callable[[], Awaitable[bytes]]], Awaitable[bytes | None]]
     path: str
-    headers: list[tuple[str, str]]
+    headers: Headers
+    head: bytes
 
 
 class Handler(WSGIHandler):
@@ -80,9 +83,9 @@ class Handler(WSGIHandler):
         return body
 
     async def answer_on_loop(
-        self, environ: Environ, start_response: StartResponse, read: Callable[[], Awaitable[bytes]]
-    ) -> bytes | None:
-        """The short way on an event loop; after None a thread is to go either way.
+        self, environ: Environ, read: Callable[[], Awaitable[bytes]]
+    ) -> tuple[Passed, bytes] | None:
+        """The short way on an event loop: what is answered with 200, and in which way. After None a thread is to go.
 
         read: the whole body, as it was announced, or nothing if it breaks off.
         """
@@ -98,7 +101,8 @@ class Handler(WSGIHandler):
         if answer is None:
             environ[WAS_TRIED] = True
             return None
-        return self._answered(passed, answer, start_response, began)
+        logs.request("POST", passed.path, 200, began)
+        return passed, answer
 
     def _answer_again(self, passed: Passed, environ: Environ, start_response: StartResponse) -> bytes | None:
         began = time.perf_counter()
@@ -106,11 +110,9 @@ class Handler(WSGIHandler):
         if announced is None or announced > settings.MAX_BODY_BYTES:
             return None
         answer = passed.answer_again(environ, partial(_read, environ, announced))
-        return None if answer is None else self._answered(passed, answer, start_response, began)
-
-    def _answered(self, passed: Passed, answer: bytes, start_response: StartResponse, began: float) -> bytes:
-        start_response("200 OK", [*passed.headers, ("Content-Length", str(len(answer)))])
-        logs.request("POST", passed.path, 200, began)
+        if answer is not None:
+            start_response("200 OK", with_length(passed.headers, answer))
+            logs.request("POST", passed.path, 200, began)
         return answer
 
     def _decisive(self, environ: Environ) -> tuple[Any, ...]:
@@ -123,7 +125,12 @@ class Handler(WSGIHandler):
             self._passed.clear()
         path = environ["SCRIPT_NAME"].rstrip("/") + environ["PATH_INFO"]
         headers = [(name, value) for name, value in response.items() if name != "Content-Length"]
-        self._passed[decisive] = Passed(response.answer_again, response.answer_on_loop, path, headers)
+        head = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers).encode("latin-1")
+        self._passed[decisive] = Passed(response.answer_again, response.answer_on_loop, path, headers, head)
+
+
+def with_length(headers: Headers, body: bytes) -> Headers:
+    return [*headers, ("Content-Length", str(len(body)))]
 
 
 def announced_bytes(environ: Environ) -> int | None:

@@ -13,7 +13,8 @@ from asgiref.testing import ApplicationCommunicator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bridge import Bridge, environ_of
+from server.bridge import WHOLE_ANSWER, Bridge, environ_of
+from server.handler import Passed
 
 SCOPE = {
     "type": "http",
@@ -35,11 +36,12 @@ class Application:
         self._answer, self._quickly = answer, quickly
         self.environ = {}
 
-    async def answer_on_loop(self, environ, start_response, read):
-        if self._quickly is None:
+    async def answer_on_loop(self, environ, read):
+        answer = await self._quickly(environ, read) if self._quickly else None
+        if answer is None:
             return None
-        start_response("200 OK", [("X-Thread", threading.current_thread().name)])
-        return await self._quickly(environ, read)
+        name = threading.current_thread().name
+        return Passed(None, None, "/", [("X-Thread", name)], f"x-thread: {name}\r\n".encode()), answer
 
     def __call__(self, environ, start_response):
         self.environ = environ
@@ -170,6 +172,20 @@ def test_what_the_loop_can_answer_it_does_and_the_rest_a_thread():
 
     assert name_of_thread(Application(None, quickly)) == (200, b"MainThread", [b"quickly"])
     assert name_of_thread(Application(lambda environ: [b"slow", b"ly"])) == (201, b"request", [b"slowly"])
+
+
+def test_a_server_that_takes_whole_answers_gets_one_with_its_headers_as_they_are_sent():
+    async def quickly(environ, read):
+        return b"quickly"
+
+    async def ask():
+        scope = {**SCOPE, "extensions": {WHOLE_ANSWER: {}}}
+        communicator = ApplicationCommunicator(Bridge(Application(None, quickly), threads=2), scope)
+        await communicator.send_input({"type": "http.request", "body": b"", "more_body": False})
+        return await communicator.receive_output(5)
+
+    head = b"x-thread: MainThread\r\ncontent-length: 7\r\n"
+    assert asyncio.run(ask()) == {"type": WHOLE_ANSWER, "head": head, "body": b"quickly"}
 
 
 def test_a_file_comes_in_large_blocks_and_is_closed_and_whole():
