@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from types import NoneType
 from typing import Any, NoReturn
 
@@ -48,33 +48,41 @@ def _pass_on(logger: logging.Logger, level: int, line: EventDict) -> None:
     logger.handle(record)
 
 
-def info(logger: logging.Logger, event: str, **values: Any) -> None:
-    """What `structlog.get_logger(...).info(event, **values)` logs, for half the price: a line that comes often."""
-    if logger.isEnabledFor(logging.INFO):
-        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        line = {**values, "event": event, "level": "info", "logger": logger.name, "timestamp": now}
-        _pass_on(logger, logging.INFO, line)
-
-
 _requests = logging.getLogger("requests")
 
 
 def request(method: str, path: str, status: int, began: float) -> None:
-    """The line of an answered request. began: by `time.perf_counter`."""
+    """The line of an answered request, which comes often: what structlog would log, for less than half the price.
+
+    began: by `time.perf_counter`.
+    """
+    if not _requests.isEnabledFor(logging.INFO):
+        return
     ms = round((time.perf_counter() - began) * 1000, 1)
-    info(_requests, "request", method=method, path=path, status=status, ms=ms)
+    seconds, rest = divmod(time.time_ns() // 1000, 1_000_000)
+    timestamp = f"{_to_the_second(seconds)}.{rest:06}Z"
+    line = {"method": method, "path": path, "status": status, "ms": ms, "event": "request"}
+    _pass_on(_requests, logging.INFO, line | {"level": "info", "logger": _requests.name, "timestamp": timestamp})
+
+
+@lru_cache(1)
+def _to_the_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):
     """For lines of the standard library; those of structlog are whole and need only be rendered."""
 
-    def __init__(self, rendering: Sequence[Processor], **kwargs: Any):
+    def __init__(self, rendering: Sequence[Processor], quickly: Callable[[EventDict], str | None], **kwargs: Any):
+        """quickly: what `rendering` makes of a line, or None for a line that is not plain."""
         super().__init__(processors=[self.remove_processors_meta, *rendering], **kwargs)
-        self._rendering = rendering
+        self._rendering, self._quickly = rendering, quickly
 
     def format(self, record: logging.LogRecord) -> str:
         if not getattr(record, "is_structured", False):
             return super().format(record)
+        if text := self._quickly(record.msg):
+            return text
         line = record.msg.copy()
         for render in self._rendering:
             line = render(None, record.levelname.lower(), line)
@@ -85,21 +93,23 @@ _PLAIN = {str, int, float, bool, NoneType}
 _encode = msgspec.json.Encoder().encode
 
 
-def _json(line: EventDict, default: Callable[[Any], Any]) -> str:
-    """JSON in ASCII, whatever stderr's encoding is: by msgspec what is plain, and the rest by the standard library."""
-    if all(type(value) in _PLAIN for value in line.values()):
+def _plain_json(line: EventDict) -> str | None:
+    """By msgspec; None for what is not plain, for a traceback, and for what is not ASCII, whatever stderr's encoding is."""
+    if "exc_info" not in line and all(type(value) in _PLAIN for value in line.values()):
         with suppress(UnicodeEncodeError):  # half a surrogate pair
             text = _encode(line)
             if text.isascii():
                 return text.decode()
-    return json.dumps(line, default=default, separators=(",", ":"))
+    return None
 
 
 def formatter(kind: str) -> logging.Formatter:
     """For lines of structlog and of the standard library alike."""
     # A plain traceback names files and lines; a richer one would print local variables, customers among them.
-    rendering = {
-        "console": [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)],
-        "json": [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json)],
-    }
-    return _Formatter(rendering[kind], foreign_pre_chain=_PROCESSORS)
+    console = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    to_json = structlog.processors.JSONRenderer(separators=(",", ":"))
+    rendering, quickly = {
+        "console": ([console], lambda line: None),
+        "json": ([structlog.processors.format_exc_info, to_json], _plain_json),
+    }[kind]
+    return _Formatter(rendering, quickly, foreign_pre_chain=_PROCESSORS)
