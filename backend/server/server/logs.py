@@ -94,7 +94,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def _plain_json(line: EventDict) -> str | None:
-    """By msgspec; None for what is not plain, for a traceback, and for what is not ASCII, whatever stderr's encoding is."""
+    """By msgspec; None for what is not plain or not ASCII, which stderr may not be able to say, and for a traceback."""
     if "exc_info" not in line and all(type(value) in _PLAIN for value in line.values()):
         with suppress(UnicodeEncodeError):  # half a surrogate pair
             text = _encode(line)

@@ -513,15 +513,7 @@ def _checked_key(text: str, rows: Sequence[Any]) -> str:
 def _customer_keys(schema: Schema, rows: Sequence[Mapping[str, Any]], told_key: str) -> list[str]:
     if told_key:
         return [_told_twice(schema, row, told_key) for row in rows]
-    keys, problems = [], []
-    for index, row in enumerate(rows):
-        try:
-            keys.append(schema.customer_key(row))
-        except ValueError as error:
-            problems.append(Problem(schema.identifier, str(error), index))
-    if problems:
-        raise InputError(problems)
-    return keys
+    return schema.customer_keys([row.get(schema.identifier) for row in rows])
 
 
 def _told_twice(schema: Schema, row: Mapping[str, Any], told_key: str) -> str:

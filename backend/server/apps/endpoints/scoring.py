@@ -15,7 +15,7 @@ from apps.endpoints.csv_file import BadLine, BatchError, Chunk, Layout
 from apps.endpoints.json_text import dumps
 from apps.ml import columnar
 from apps.ml.classifier.base import RetentionClassifier
-from apps.ml.schema import AlignedRows, InputError, Problem, Schema
+from apps.ml.schema import MISSING_IN_FILES, AlignedRows, InputError, Problem, Schema
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +117,8 @@ class Scorer:
         """What is answered for each row."""
         aligned = checked.aligned
         results = self.classifier.answers(self.classifier.predict(aligned))
-        if aligned.unseen or aligned.filled.any():
-            for result, warnings in zip(results, aligned.warnings, strict=True):
-                if warnings:
-                    result["warnings"] = warnings
+        for index, warnings in aligned.warnings.items():
+            results[index]["warnings"] = warnings
         return results
 
     def label(self, checked: Checked) -> list[tuple[float, str]]:
@@ -131,7 +129,7 @@ class Scorer:
         if self.schema.identifier not in self._header:
             return [""] * len(rows)
         position = self._header.index(self.schema.identifier)
-        return self.schema.customer_keys([row[position] for row in rows])
+        return self.schema.customer_keys([row[position] for row in rows], MISSING_IN_FILES)
 
     def _bad_line(self, file: str, line: int, row: Sequence[str], problem: Problem) -> BadLine:
         value = row[self._header.index(problem.field)] if problem.field else None

@@ -34,6 +34,7 @@ MISSING_IN_FORMS = frozenset([""])
 UNSEEN_CATEGORY = -1.0
 MAX_CATEGORIES = 1000
 MAX_KEY_LENGTH = 200
+_LARGEST_WHOLE_KEY = 10 ** (MAX_KEY_LENGTH - 1)
 
 # The trees compare in single precision; what does not fit there would become infinite.
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
@@ -200,17 +201,20 @@ class AlignedRows:
     columns: Sequence[Column]
 
     @property
-    def warnings(self) -> list[list[str]]:
-        """What was filled or not recognised, for each row."""
-        sentences: dict[bytes, list[str]] = {}  # many rows lack the same values
-        result = []
-        for index, row in enumerate(self.filled):
-            pattern = row.tobytes()
-            if pattern not in sentences:
-                names = ", ".join(f"{column.name}={column.mode}" for column in compress(self.columns, pattern))
-                sentences[pattern] = [f"missing, filled with the training mode: {names}"] if names else []
-            result.append([*sentences[pattern], *self.unseen.get(index, ())])
-        return result
+    def warnings(self) -> dict[int, list[str]]:
+        """What was filled or not recognised, by row, of the rows where anything was."""
+        found: dict[int, list[str]] = {}
+        if b"\1" in self.filled.tobytes():
+            sentences: dict[bytes, str] = {}  # many rows lack the same values
+            for index in np.flatnonzero(self.filled.any(axis=1)).tolist():
+                pattern = self.filled[index].tobytes()
+                if pattern not in sentences:
+                    names = ", ".join(f"{column.name}={column.mode}" for column in compress(self.columns, pattern))
+                    sentences[pattern] = f"missing, filled with the training mode: {names}"
+                found[index] = [sentences[pattern]]
+        for index, unseen in self.unseen.items():
+            found.setdefault(index, []).extend(unseen)
+        return found
 
 
 def checked_key(text: str, name: str) -> str:
@@ -347,12 +351,17 @@ class Schema:
         """`align` for the values of each column of the model, None where one is missing. Raises InputError."""
         return self._aligned(len(columns[0]), columns, [])
 
-    def customer_keys(self, cells: Sequence[str], missing: frozenset[str] = MISSING_IN_FILES) -> list[str]:
-        """`customer_key` of what `parse_text` reads in the identifier's cells. Raises InputError."""
+    def customer_keys(self, values: Sequence[Any], missing: frozenset[str] = frozenset()) -> list[str]:
+        """`customer_key` of rows with these values of the identifier. Raises InputError."""
+        kinds = set(map(type, values))
+        if kinds == {int} and max(map(abs, values)) < _LARGEST_WHOLE_KEY:
+            return list(map(str, values))
+        if kinds == {str} and max(map(len, values)) <= MAX_KEY_LENGTH and not _UNSTORABLE.search("".join(values)):
+            return ["" if key in missing else key for key in map(str.strip, values)]
         keys, problems = [], []
-        for index, cell in enumerate(cells):
+        for index, value in enumerate(values):
             try:
-                keys.append(self.customer_key({self.identifier: cell}, missing))
+                keys.append(self.customer_key({self.identifier: value}, missing))
             except ValueError as error:
                 problems.append(Problem(self.identifier, str(error), index))
         if problems:
@@ -369,11 +378,12 @@ class Schema:
         if len(rows) == 1 and type(rows[0]) is dict and (aligned := self._aligned_alone(rows[0])):
             return aligned
         problems: list[Problem] = []
-        for index, row in enumerate(rows):
-            problems += self._row_problems(index, row, suggest=len(problems) < _SUGGESTIONS)
-            if len(problems) > _PROBLEMS:
-                raise InputError(problems)
-        rows = [row if type(row) is dict or isinstance(row, Mapping) else {} for row in rows]
+        if not self._all_fit(rows):
+            for index, row in enumerate(rows):
+                problems += self._row_problems(index, row, suggest=len(problems) < _SUGGESTIONS)
+                if len(problems) > _PROBLEMS:
+                    raise InputError(problems)
+            rows = [row if type(row) is dict or isinstance(row, Mapping) else {} for row in rows]
         return self._aligned(len(rows), ([row.get(name) for row in rows] for name in self.names), problems)
 
     def align_table(self, frame: pd.DataFrame) -> AlignedRows:
@@ -415,12 +425,12 @@ class Schema:
         if not row.keys() <= self._known or row.keys().isdisjoint(self._columns_by_name):
             return None
         numbers: list[float] = []
-        filled = bytearray(len(self.columns))
+        missing: list[int] = []
         unseen = []
         for position, (column, plain_type, codes, mode) in enumerate(self._plain_encodings):
             value = row.get(column.name)
             if value is None:
-                filled[position] = True
+                missing.append(position)
                 numbers.append(mode)
                 continue
             kind = type(value)
@@ -437,12 +447,18 @@ class Schema:
                 return None
             if column.kind == CATEGORICAL and numbers[-1] == UNSEEN_CATEGORY:
                 unseen.append(not_seen(column, value))
-        return AlignedRows(
-            np.array([numbers], dtype=np.float64),
-            np.frombuffer(filled, dtype=np.bool_).reshape(1, -1),
-            {0: unseen} if unseen else {},
-            self.columns,
-        )
+        filled = self._nothing_filled
+        if missing:
+            filled = filled.copy()
+            filled[0, missing] = True
+        matrix = np.array([numbers], dtype=np.float64)
+        return AlignedRows(matrix, filled, {0: unseen} if unseen else {}, self.columns)
+
+    @cached_property
+    def _nothing_filled(self) -> np.ndarray:
+        nothing = np.zeros((1, len(self.columns)), dtype=np.bool_)
+        nothing.setflags(write=False)
+        return nothing
 
     @cached_property
     def _plain_encodings(self) -> list[tuple[Column, type, Mapping[Any, float] | None, float]]:
@@ -456,6 +472,13 @@ class Schema:
     @cached_property
     def _encoded_modes(self) -> np.ndarray:
         return np.array([column.encode(column.mode) for column in self.columns])
+
+    def _all_fit(self, rows: Sequence[Any]) -> bool:
+        """Whether `_row_problems` finds none. The rows of a list mostly have the same names, which need one look."""
+        return set(map(type, rows)) <= {dict} and all(map(self._fits, set(map(tuple, rows))))
+
+    def _fits(self, names: Sequence[Any]) -> bool:
+        return self._known.issuperset(names) and not self._columns_by_name.keys().isdisjoint(names)
 
     def _row_problems(self, index: int, row: Any, *, suggest: bool = True) -> list[Problem]:
         if type(row) is not dict and not isinstance(row, Mapping):  # asked in this order, it takes a tenth of the time

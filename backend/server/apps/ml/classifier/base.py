@@ -151,9 +151,8 @@ class RetentionClassifier:
         """
         aligned = self.preprocessing(input_data)
         answers = self.answers(self.predict(aligned))
-        for answer, warnings in zip(answers, aligned.warnings, strict=True):
-            if warnings:
-                answer["warnings"] = warnings
+        for index, warnings in aligned.warnings.items():
+            answers[index]["warnings"] = warnings
         return answers[0] if isinstance(input_data, Mapping) else answers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import time
@@ -23,10 +24,12 @@ from apps.ml.schema import (
     BOOLEAN,
     CATEGORICAL,
     MISSING_IN_FILES,
+    MISSING_IN_FORMS,
     NUMERIC,
     UNSEEN_CATEGORY,
     Column,
     InputError,
+    Problem,
     Schema,
     TableError,
     Target,
@@ -63,21 +66,21 @@ def test_a_row_becomes_numbers_in_the_order_of_training():
     aligned = SCHEMA.align([{"Newsletter": False, "Plan": "premium", "Orders": 2.5}])
 
     assert aligned.matrix.tolist() == [[2.5, 2.0, 0.0]]
-    assert aligned.warnings == [[]]
+    assert aligned.warnings == {}
 
 
 def test_absent_keys_and_nulls_take_the_training_mode_and_are_listed():
     aligned = SCHEMA.align([{"Orders": None, "Plan": "family"}])
 
     assert aligned.matrix.tolist() == [[1.0, 1.0, 1.0]]
-    assert aligned.warnings == [["missing, filled with the training mode: Orders=1, Newsletter=True"]]
+    assert aligned.warnings == {0: ["missing, filled with the training mode: Orders=1, Newsletter=True"]}
 
 
 def test_an_unseen_category_is_scored_as_unknown_and_reported():
     aligned = SCHEMA.align([{"Orders": 1, "Plan": "gold", "Newsletter": True}])
 
     assert aligned.matrix.tolist() == [[1.0, UNSEEN_CATEGORY, 1.0]]
-    assert aligned.warnings == [["Plan: 'gold' was not seen in training, scored as unknown"]]
+    assert aligned.warnings == {0: ["Plan: 'gold' was not seen in training, scored as unknown"]}
 
 
 def test_identifier_target_and_dropped_columns_are_ignored_whatever_they_hold():
@@ -235,12 +238,13 @@ sound_rows = st.fixed_dictionaries(
 
 
 def outcome(rows):
-    """What becomes of rows: numbers and warnings, or (row, field, message) of what is wrong."""
+    """What becomes of rows: numbers and warnings of each, or (row, field, message) of what is wrong."""
     try:
         aligned = SCHEMA.align(rows)
     except InputError as error:
         return [(problem.row, problem.field, problem.message) for problem in error.problems]
-    return aligned.matrix.tolist(), aligned.warnings
+    assert aligned.warnings.keys() <= {*range(len(rows))}
+    return aligned.matrix.tolist(), [aligned.warnings.get(row) for row in range(len(rows))]
 
 
 @given(st.lists(rows_of_anything, max_size=8))
@@ -290,7 +294,7 @@ def test_whatever_the_columns_a_row_is_aligned_alone_as_in_company(schema_and_ro
         matrix, filled = found.matrix[:1], found.filled[:1]
         assert found.matrix.shape == found.filled.shape == (len(rows), len(schema.columns))
         assert found.matrix.flags.c_contiguous
-        return matrix.dtype, matrix.tobytes(), filled.dtype, filled.tolist(), found.warnings[0], found.unseen.get(0)
+        return matrix.dtype, matrix.tobytes(), filled.dtype, filled.tolist(), found.warnings.get(0), found.unseen.get(0)
 
     assert aligned([row]) == aligned([row, row])
 
@@ -457,6 +461,32 @@ def test_a_table_without_identifier_has_no_keys():
     schema = Schema(SCHEMA.columns, SCHEMA.target)
 
     assert schema.customer_key({"CustomerId": "C1"}) == ""
+    assert schema.customer_keys([None, None]) == ["", ""]
+
+
+texts = st.text(max_size=3) | st.sampled_from([" ", "NA", " NA ", "x" * 200, "x" * 201, " " * 201])
+whole = st.integers() | st.sampled_from([sign * (10**n + d) for sign in (1, -1) for n in (199, 200) for d in (-1, 0)])
+
+
+@given(
+    st.lists(texts) | st.lists(whole) | st.lists(texts | whole | values, max_size=8),
+    st.sampled_from([frozenset(), MISSING_IN_FILES, MISSING_IN_FORMS]),
+)
+@settings(deadline=None)
+def test_many_keys_are_read_as_each_by_itself(told, missing):
+    def alone(row, value):
+        try:
+            return SCHEMA.customer_key({"CustomerId": value}, missing), None
+        except ValueError as error:
+            return None, Problem("CustomerId", str(error), row)
+
+    keys, problems = zip(*itertools.starmap(alone, enumerate(told)), strict=True) if told else ([], [])
+    if any(problems):
+        with pytest.raises(InputError) as refused:
+            SCHEMA.customer_keys(told, missing)
+        assert refused.value.problems == [problem for problem in problems if problem]
+    else:
+        assert SCHEMA.customer_keys(told, missing) == [*keys]
 
 
 # --- learning
@@ -627,7 +657,7 @@ def test_a_schema_survives_json_and_aligns_its_own_table(frame):
     aligned = schema.align_table(frame)
     assert not np.isnan(aligned.matrix).any()
     assert (aligned.matrix == back.align_table(frame).matrix).all()
-    assert not any("not seen" in warning for warnings in aligned.warnings for warning in warnings)
+    assert not any("not seen" in warning for warnings in aligned.warnings.values() for warning in warnings)
 
 
 def damaged(**changes):
