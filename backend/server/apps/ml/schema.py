@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import compress, islice
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -187,8 +187,7 @@ class Target:
     negative: str
 
 
-@dataclass(frozen=True, eq=False)
-class AlignedRows:
+class AlignedRows(NamedTuple):
     """Rows as the model sees them.
 
     matrix: (rows, columns) float64, no NaN. filled: (rows, columns) bool, where the training mode stands for
@@ -290,9 +289,13 @@ class Schema:
 
         Raises ValueError with a sentence.
         """
-        value = row.get(self.identifier) if self.identifier else None
+        return self._key(row.get(self.identifier), missing) if self.identifier else ""
+
+    def _key(self, value: Any, missing: frozenset[str]) -> str:
         if value is None:
             return ""
+        if type(value) is int and abs(value) < _LARGEST_WHOLE_KEY:
+            return str(value)
         if isinstance(value, str):
             return "" if value.strip() in missing else checked_key(value, self.identifier)
         if isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf:
@@ -353,7 +356,9 @@ class Schema:
 
     def customer_keys(self, values: Sequence[Any], missing: frozenset[str] = frozenset()) -> list[str]:
         """`customer_key` of rows with these values of the identifier. Raises InputError."""
-        kinds = set(map(type, values))
+        if not self.identifier:
+            return [""] * len(values)
+        kinds = set(map(type, values)) if len(values) > 1 else set()
         if kinds == {int} and max(map(abs, values)) < _LARGEST_WHOLE_KEY:
             return list(map(str, values))
         if kinds == {str} and max(map(len, values)) <= MAX_KEY_LENGTH and not _UNSTORABLE.search("".join(values)):
@@ -361,7 +366,7 @@ class Schema:
         keys, problems = [], []
         for index, value in enumerate(values):
             try:
-                keys.append(self.customer_key({self.identifier: value}, missing))
+                keys.append(self._key(value, missing))
             except ValueError as error:
                 problems.append(Problem(self.identifier, str(error), index))
         if problems:
