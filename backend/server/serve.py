@@ -58,7 +58,7 @@ logger = logging.getLogger("server")
 
 
 class Cycle(RequestResponseCycle):
-    """uvicorn's, for whole answers too. Its own way checks and joins each header anew, a tenth of a prediction."""
+    """uvicorn's, for whole answers too. Its own way checks and joins each header anew."""
 
     async def send(self, message: dict[str, Any]) -> None:
         if message["type"] != WHOLE_ANSWER:

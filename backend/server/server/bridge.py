@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 from wsgiref.util import FileWrapper
 
-from server.handler import Environ, Handler, Passed, announced_bytes, with_length
+from server.handler import Environ, Handler, Headers, Passed, announced_bytes, with_length
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -102,7 +102,7 @@ class _Exchange:
         """`receive` for who must not wait for ever. Raises TimeoutError besides."""
         return await asyncio.wait_for(self.receive(), PATIENCE_SECONDS)
 
-    def start(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> None:
+    def start(self, status: str, headers: Headers, exc_info: object = None) -> None:
         if "HTTP_EXPECT" in self.environ and not self._has_asked:
             # Nobody has told the client to send its body, and what it sends next need not be that.
             headers = [*headers, ("Connection", "close")]
@@ -113,7 +113,7 @@ class _Exchange:
         }
 
     async def send_whole(self, passed: Passed, body: bytes) -> None:
-        if WHOLE_ANSWER in self._scope.get("extensions", ()):
+        if WHOLE_ANSWER in (self._scope.get("extensions") or ()):
             head = b"%bcontent-length: %d\r\n" % (passed.head, len(body))
             await self._send({"type": WHOLE_ANSWER, "head": head, "body": body})
         else:

@@ -125,8 +125,11 @@ class Handler(WSGIHandler):
             self._passed.clear()
         path = environ["SCRIPT_NAME"].rstrip("/") + environ["PATH_INFO"]
         headers = [(name, value) for name, value in response.items() if name != "Content-Length"]
-        head = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers).encode("latin-1")
-        self._passed[decisive] = Passed(response.answer_again, response.answer_on_loop, path, headers, head)
+        self._passed[decisive] = Passed(response.answer_again, response.answer_on_loop, path, headers, as_sent(headers))
+
+
+def as_sent(headers: Headers) -> bytes:
+    return "".join(f"{name.lower()}: {value}\r\n" for name, value in headers).encode("latin-1")
 
 
 def with_length(headers: Headers, body: bytes) -> Headers:

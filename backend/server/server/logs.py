@@ -74,7 +74,7 @@ class _Formatter(structlog.stdlib.ProcessorFormatter):
     """For lines of the standard library; those of structlog are whole and need only be rendered."""
 
     def __init__(self, rendering: Sequence[Processor], quickly: Callable[[EventDict], str | None], **kwargs: Any):
-        """quickly: what `rendering` makes of a line, or None for a line that is not plain."""
+        """quickly: a faster way to render a line, None for a line that it does not take."""
         super().__init__(processors=[self.remove_processors_meta, *rendering], **kwargs)
         self._rendering, self._quickly = rendering, quickly
 

@@ -8,14 +8,20 @@ from django.http import JsonResponse
 from django.urls import path
 
 from server.bridge import Bridge
+from server.handler import Passed, as_sent
 
 django.setup(set_prefix=False)
 
 
 class Handler(WSGIHandler):
-    async def answer_on_loop(self, environ, start_response, read):
+    async def answer_on_loop(self, environ, read):
         await read()
-        return b"".join(self(environ, start_response))
+        told = []
+        body = b"".join(self(environ, lambda *head: told.append(head)))
+        ((status, headers),) = told
+        if status != "200 OK":
+            raise ValueError(f"{environ['PATH_INFO']} was answered with {status}.")
+        return Passed(None, None, "", headers, as_sent(headers)), body
 
 
 application = Bridge(Handler(), threads=1)

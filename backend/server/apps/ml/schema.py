@@ -34,7 +34,8 @@ MISSING_IN_FORMS = frozenset([""])
 UNSEEN_CATEGORY = -1.0
 MAX_CATEGORIES = 1000
 MAX_KEY_LENGTH = 200
-_LARGEST_WHOLE_KEY = 10 ** (MAX_KEY_LENGTH - 1)
+# What is nearer to zero is short enough for a key, with its sign.
+_SHORT_WHOLE = 10 ** (MAX_KEY_LENGTH - 1)
 
 # The trees compare in single precision; what does not fit there would become infinite.
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
@@ -55,6 +56,7 @@ _PLAIN_TYPES = {NUMERIC: {int, float, type(None)}, BOOLEAN: {bool, type(None)}, 
 
 # Looking for the nearest name is slow, and a body of ten megabytes holds millions of bad rows.
 _SUGGESTIONS = 10
+_SLICE = 1_000
 _PROBLEMS = 10_000
 
 
@@ -294,7 +296,7 @@ class Schema:
     def _key(self, value: Any, missing: frozenset[str]) -> str:
         if value is None:
             return ""
-        if type(value) is int and abs(value) < _LARGEST_WHOLE_KEY:
+        if type(value) is int and abs(value) < _SHORT_WHOLE:
             return str(value)
         if isinstance(value, str):
             return "" if value.strip() in missing else checked_key(value, self.identifier)
@@ -359,7 +361,7 @@ class Schema:
         if not self.identifier:
             return [""] * len(values)
         kinds = set(map(type, values)) if len(values) > 1 else set()
-        if kinds == {int} and max(map(abs, values)) < _LARGEST_WHOLE_KEY:
+        if kinds == {int} and max(map(abs, values)) < _SHORT_WHOLE:
             return list(map(str, values))
         if kinds == {str} and max(map(len, values)) <= MAX_KEY_LENGTH and not _UNSTORABLE.search("".join(values)):
             return ["" if key in missing else key for key in map(str.strip, values)]
@@ -383,7 +385,8 @@ class Schema:
         if len(rows) == 1 and type(rows[0]) is dict and (aligned := self._aligned_alone(rows[0])):
             return aligned
         problems: list[Problem] = []
-        if not self._all_fit(rows):
+        # A slice at a time, so that other threads go on, and the first that does not fit is the last.
+        if not all(self._all_fit(rows[begin : begin + _SLICE]) for begin in range(0, len(rows), _SLICE)):
             for index, row in enumerate(rows):
                 problems += self._row_problems(index, row, suggest=len(problems) < _SUGGESTIONS)
                 if len(problems) > _PROBLEMS:
