@@ -282,12 +282,13 @@ def _insert(rows: list[Row], premise: Premise | None = None) -> Sequence[int | N
 
 def _insert_together(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
     """`_insert` for the rows of several premises, all in one transaction."""
-    if connection.vendor == "postgresql":
+    vendor = connection.vendor  # to ask the proxy costs half as much as to insert a row
+    if vendor == "postgresql":
         return _insert_together_in_postgresql(rows_of)
-    most = ROWS_OF_A_STATEMENT.get(connection.vendor, 1)
+    most = ROWS_OF_A_STATEMENT.get(vendor, 1)
     is_one_statement = len(rows_of) == 1 and all(len(rows) <= most for rows in rows_of.values())
     with nullcontext() if is_one_statement else transaction.atomic():
-        if connection.vendor == "sqlite":
+        if vendor == "sqlite":
             undoes = not is_one_statement
             return [
                 _insert_by_statements_of_many(rows, premise, may_leave_a_part=undoes)

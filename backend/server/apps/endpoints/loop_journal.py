@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from django.db import DEFAULT_DB_ALIAS, OperationalError, connection, connections
+from django.db import DEFAULT_DB_ALIAS, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from apps.endpoints.journal import Entry, Insertion, NewRequest, Pieces, conditional, journal, settle
@@ -50,7 +50,8 @@ class _LoopJournal:
         self.loop = loop
         # Under a loop, connections belong to contexts: here to this one, in place of one for each request.
         self._context = contextvars.copy_context()
-        self._adapted_time = self._context.run(lambda: connection.ops.adapt_datetimefield_value)
+        self._database: BaseDatabaseWrapper = self._context.run(lambda: connections[DEFAULT_DB_ALIAS])
+        self._adapted_time = self._database.ops.adapt_datetimefield_value
         self._driver: Any = None
         self._waits_for_disk = True
         # On PostgreSQL the loop and the thread share the thread's connection: one of them writes at a time.
@@ -87,10 +88,10 @@ class _LoopJournal:
 
     def _write_by_itself(self, group: Group) -> bool:
         """Whether it is written; else it is on its way. Raises an exception, and writes nothing, if it would wait."""
-        if connection.vendor == "postgresql":
+        if self._database.vendor == "postgresql":
             self._send(group)
             return False
-        if connection.vendor != "sqlite" or self._would_wait():
+        if self._database.vendor != "sqlite" or self._would_wait():
             raise NotFree
         _settle(group, at_once)
         return True
@@ -134,9 +135,9 @@ class _LoopJournal:
 
     def _would_wait(self) -> bool:
         """Whether commits wait for the disk. From now on none waits for somebody else's."""
-        connection.ensure_connection()
-        if connection.connection is not self._driver:
-            driver = connection.connection
+        self._database.ensure_connection()
+        driver = self._database.connection
+        if driver is not self._driver:
             driver.execute("PRAGMA busy_timeout = 0")
             ((synchronous,),) = driver.execute("PRAGMA synchronous")
             self._driver, self._waits_for_disk = driver, synchronous > _NORMAL
@@ -174,7 +175,7 @@ def _settle(group: Group, when: Callable[..., Any]) -> None:
             settle(entries, when)
             journal.close_if_due()
         else:
-            connection.close()  # nobody else uses it, who would find out
+            connections[DEFAULT_DB_ALIAS].close()  # nobody else uses it, who would find out
             for entry in entries:
                 entry.ids = [None]
     except NotFree:
