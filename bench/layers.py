@@ -1,9 +1,9 @@
 """Where the time of one prediction goes: the application alone, without a server, in one thread, on SQLite.
 
-    python bench/layers.py [--requests 3000]
+    python bench/layers.py [--list] [--requests N]
 
 Production settings: a token is checked, a line is logged (to a file), a row is committed. Each layer is timed where it
-is called; what remains is what lies between them. Prints a Markdown table of microseconds per request, medians of five
+is called; what remains is what lies between them. Prints a Markdown table of microseconds per customer, medians of five
 rounds.
 """
 
@@ -60,8 +60,9 @@ def _time_layers(spent: Counter[str]) -> None:
     _timed(spent, "what served last", MLRegistry, "known")
     _timed(spent, "checking, encoding, the forest", prediction, "_scored")
     _timed(spent, "recording, if token and status still hold: one commit", Journal, "record_if")
+    _timed(spent, "recording, all in one transaction", Journal, "record")
     _timed(spent, "the answer, to JSON", json_text, "dumps")
-    _timed(spent, "the line in the log", logs, "info")
+    _timed(spent, "the line in the log", logs, "request")
 
 
 def _environ(launch: contestants.Launch, body: bytes) -> dict[str, Any]:
@@ -91,39 +92,40 @@ def _ask(application: Callable[..., Any], launch: contestants.Launch, body: byte
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--list", action="store_true", help=f"{run.model.LIST:,} customers in each request")
+    parser.add_argument("--requests", type=int, help="of a round (default: 3000, or 100 lists)")
     asked = parser.parse_args()
+    requests = asked.requests or (100 if asked.list else 3000)
     with ExitStack() as stack:
         folder = stack.enter_context(run.working_folder())
         subject = run.model.train(folder, contestants.clean_environment())
         launch = contestants.on_sqlite(stack, subject, folder, 0)
-        body = json.dumps(subject.customer).encode()
+        body = json.dumps(subject.customers if asked.list else subject.customer).encode()
+        customers = requests * (len(subject.customers) if asked.list else 1)
         sys.stderr = stack.enter_context((folder / "log").open("w"))
         application = _application(launch)
 
         def measure() -> float:
-            """Microseconds per request."""
+            """Microseconds per customer."""
             began = time.perf_counter()
-            for _ in range(asked.requests):
+            for _ in range(requests):
                 _ask(application, launch, body)
-            return (time.perf_counter() - began) / asked.requests * 1e6
+            return (time.perf_counter() - began) / customers * 1e6
 
-        measure()
-        whole = statistics.median(measure() for _ in range(ROUNDS))
+        first = measure()
         spent: Counter[str] = Counter()
         _time_layers(spent)
-        rounds: list[Counter[str]] = []
+        rounds: list[dict[str, float]] = []
         for _ in range(ROUNDS):
             spent.clear()
-            measure()
-            rounds.append(Counter(spent))
-        layers = {
-            layer: statistics.median(each[layer] for each in rounds) / asked.requests * 1e6 for layer in rounds[0]
-        }
-    lines = [f"| {layer} | {microseconds:.0f} |" for layer, microseconds in layers.items()]
-    rest = whole - sum(layers.values())
-    run.say("\n".join(["| layer | µs |", "| --- | ---: |", *lines, f"| what lies between them | {rest:.0f} |"]))
-    run.say(f"| one request | {whole:.0f} |")
+            whole = measure()
+            layers = {layer: seconds / customers * 1e6 for layer, seconds in spent.items()}
+            rounds.append({**layers, "what lies between them": whole - sum(layers.values()), "all of it": whole})
+        stored = launch.stored()
+    digits = 1 if asked.list else 0
+    lines = [f"| {layer} | {statistics.median(each[layer] for each in rounds):.{digits}f} |" for layer in rounds[0]]
+    run.say("\n".join(["| layer | µs |", "| --- | ---: |", *lines]))
+    run.say(f"In the first round it took {first:.{digits}f} µs; at the end {stored:,} requests were stored.")
 
 
 if __name__ == "__main__":
