@@ -148,7 +148,7 @@ class Protocol(HttpToolsProtocol):
         raise ValueError(self._refusal)  # the parser ends with it, and uvicorn refuses
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        cycle.__class__ = Cycle
+        cycle.__class__ = Cycle  # uvicorn has no place to say which class it is to make
         super()._start_asgi_task(cycle, app)
 
     def _refuse(self, why: str) -> None:

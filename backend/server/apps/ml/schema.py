@@ -56,8 +56,9 @@ _PLAIN_TYPES = {NUMERIC: {int, float, type(None)}, BOOLEAN: {bool, type(None)}, 
 
 # Looking for the nearest name is slow, and a body of ten megabytes holds millions of bad rows.
 _SUGGESTIONS = 10
-_SLICE = 1_000
 _PROBLEMS = 10_000
+# Rows that are looked at without letting other threads run.
+_SLICE = 1_000
 
 
 class TableError(ValueError):
@@ -385,7 +386,6 @@ class Schema:
         if len(rows) == 1 and type(rows[0]) is dict and (aligned := self._aligned_alone(rows[0])):
             return aligned
         problems: list[Problem] = []
-        # A slice at a time, so that other threads go on, and the first that does not fit is the last.
         if not all(self._all_fit(rows[begin : begin + _SLICE]) for begin in range(0, len(rows), _SLICE)):
             for index, row in enumerate(rows):
                 problems += self._row_problems(index, row, suggest=len(problems) < _SUGGESTIONS)
