@@ -24,8 +24,8 @@ def test_each_layer_is_timed_and_every_answer_stored(options: list[str], layer: 
 
     assert done.returncode == 0, done.stderr
     _, _, *lines = (line.strip("| ") for line in done.stdout.splitlines() if line.startswith("|"))
-    times = {layer: float(time) for layer, time in (line.split(" | ") for line in lines)}
+    times = {name: float(time) for name, time in (line.split(" | ") for line in lines)}
     assert times[layer] > 0
-    assert times["the line in the log"] >= 0
+    assert "the line in the log" in times
     assert sum(times.values()) == pytest.approx(2 * times["all of it"], abs=len(times))
     assert stored in done.stdout

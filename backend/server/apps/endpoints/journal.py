@@ -282,7 +282,7 @@ def _insert(rows: list[Row], premise: Premise | None = None) -> Sequence[int | N
 
 def _insert_together(rows_of: Mapping[Premise | None, list[Row]]) -> list[Sequence[int | None]]:
     """`_insert` for the rows of several premises, all in one transaction."""
-    vendor = connection.vendor  # to ask the proxy costs half as much as to insert a row
+    vendor = connection.vendor  # once, since each look goes through a proxy
     if vendor == "postgresql":
         return _insert_together_in_postgresql(rows_of)
     most = ROWS_OF_A_STATEMENT.get(vendor, 1)

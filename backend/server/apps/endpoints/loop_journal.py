@@ -78,9 +78,8 @@ class _LoopJournal:
         group, self._waiting = self._waiting, []
         try:
             is_written = self._write_by_itself(group)
-        except (
-            Exception
-        ):  # NotFree, or of a connection or a value that does not serve, as the thread will find, and tell
+        except Exception:
+            # NotFree, or of a connection or a value that does not serve, as the thread will find, and tell.
             self._for_thread.put(group)
         else:
             if is_written:
