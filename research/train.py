@@ -37,7 +37,8 @@ from sklearn.tree import DecisionTreeClassifier
 from tqdm import tqdm
 
 RESEARCH = Path(__file__).resolve().parent
-for _folder in (RESEARCH, RESEARCH.parent / "backend" / "server"):
+BACKEND = RESEARCH.parent / "backend" / "server"
+for _folder in (RESEARCH, BACKEND):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 environ.Env.read_env(RESEARCH.parent / ".env")  # where the server finds ML_ARTIFACTS_DIR too
@@ -448,11 +449,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(
         f"\n{summary(run)}\n\n"
         f"Wrote version {run.version} to {run.folder} in {time.perf_counter() - started:.1f} s.\n"
-        f"Next: start or restart the server; it registers version {run.version} on its default endpoint.\n"
-        "For customers of another kind, name an endpoint of their own before:\n"
-        f"  python backend/server/manage.py register_algorithms --endpoint NAME --version {run.version}\n"
+        "Next: register it; a running server answers with it from the next request on, and one that starts does it.\n"
+        f"  {_manage()} register_algorithms\n"
+        "For customers of another kind, name an endpoint of their own instead:\n"
+        f"  {_manage()} register_algorithms --endpoint NAME --version {run.version}\n"
     )
     return 0
+
+
+def _manage() -> str:
+    """How to call the server's commands from here."""
+    python, here = Path(sys.executable), Path.cwd()
+    if python.is_relative_to(here):
+        python = python.relative_to(here)
+    manage = BACKEND / "manage.py"
+    return f"{python} {manage.relative_to(here) if manage.is_relative_to(here) else manage}"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -563,7 +563,9 @@ def test_the_command_trains_from_any_working_directory(save, folder, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "CustomerId names the customer" in done.stdout
     assert "roc auc" in done.stdout
-    assert "Next: start or restart the server; it registers version 1.0.0 on its default endpoint." in done.stdout
+    command = f"{sys.executable} {train.BACKEND / 'manage.py'} register_algorithms"
+    assert "Next: register it; a running server answers with it from the next request on" in done.stdout
+    assert f"  {command}\n" in done.stdout and f"  {command} --endpoint NAME --version 1.0.0\n" in done.stdout
     assert [run.version for run in artifacts.training_runs(folder)] == ["1.0.0"]
 
 

@@ -16,6 +16,7 @@ from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse, JsonResponse, UnreadablePostError
 from django.middleware.clickjacking import XFrameOptionsMiddleware
 from django.middleware.security import SecurityMiddleware
+from django.urls import Resolver404, resolve
 
 from server import health, logs
 
@@ -78,7 +79,13 @@ def _loggable_path(request: HttpRequest, response: HttpResponse) -> str:
     """The path where it led to an answer; else the pattern that it fitted, since a wrong path may name a customer."""
     if response.status_code < 300:
         return request.path
-    return simplify_regex(request.resolver_match.route) if request.resolver_match else "(no such address)"
+    if request.path_info in health.CHECKS:
+        return request.path
+    try:  # what was refused before its address was looked at has none yet
+        match = request.resolver_match or resolve(request.path_info)
+    except Resolver404:
+        return "(no such address)"
+    return simplify_regex(match.route)
 
 
 class JsonErrors:

@@ -20,9 +20,10 @@ environ.Env.read_env(env.REPOSITORY / ".env")
 DEBUG = env.flag("DEBUG", default=True)
 DEVELOPMENT_KEY = "development-only-and-refused-without-debug"
 SECRET_KEY = env.text("SECRET_KEY", default=DEVELOPMENT_KEY if DEBUG else "")
-if not DEBUG and SECRET_KEY in {"", DEVELOPMENT_KEY}:
+SHORTEST_KEY = 32
+if not DEBUG and (len(SECRET_KEY) < SHORTEST_KEY or SECRET_KEY == DEVELOPMENT_KEY):
     raise ImproperlyConfigured(
-        "SECRET_KEY is required when DEBUG is off. Make one with: "
+        f"SECRET_KEY is required when DEBUG is off, with at least {SHORTEST_KEY} characters. Make one with: "
         "python -c 'import secrets; print(secrets.token_urlsafe(50))'"
     )
 # In development Django then answers to localhost and 127.0.0.1 only, which keeps other sites' names out.
@@ -150,7 +151,7 @@ REST_FRAMEWORK = {
         "apps.endpoints.parsers.FormBody",
         "apps.endpoints.parsers.MultipartBody",
     ],
-    "DEFAULT_FILTER_BACKENDS": ["django_filters.rest_framework.DjangoFilterBackend"],
+    "DEFAULT_FILTER_BACKENDS": ["apps.endpoints.filters.KnownFilters"],
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "EXCEPTION_HANDLER": "apps.endpoints.exceptions.exception_handler",
     "UNAUTHENTICATED_USER": None,

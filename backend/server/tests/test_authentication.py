@@ -336,3 +336,23 @@ def test_the_short_addresses_lead_on(client, db, settings, debug):
     assert client.get("/")["Location"] == "/api/docs"
     assert client.get("/admin")["Location"] == "/admin/"
     assert Client(raise_request_exception=False).post("/admin").status_code == 302
+
+
+# --- Batch jobs -------------------------------------------------------------------------------------------------------
+def test_a_job_is_cancelled_by_whoever_asked_for_it_or_may_cancel_any(caller, algorithms, customers_csv):
+    with customers_csv.open("rb") as file:
+        submitted = caller.post("/api/v1/batch-predict", {"file": file, "mode": "async"}, format="multipart")
+    address = submitted["Location"]
+    another = User.objects.create_user("bob")
+    caller_of_another = with_token(another)
+
+    refused = caller_of_another.delete(address)
+
+    assert (refused.status_code, refused.json()["message"]) == (
+        403,
+        "ann asked for this job; to cancel it you need the permission endpoints.change_batchjob.",
+    )
+    assert caller.get(address).json()["state"] == "queued"
+    permit(another, "change_batchjob")
+    assert caller_of_another.delete(address).json()["state"] == "cancelled"
+    assert caller.delete(address).json()["state"] == "cancelled"

@@ -95,6 +95,28 @@ def test_every_request_is_logged_whatever_becomes_of_it(api, algorithms, log, me
     assert (line["status"], line["path"]) == (status, logged_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "how", "status", "logged_path"),
+    [
+        ("/api/v1/mlrequests/123456", {"HTTP_HOST": "elsewhere.example.com"}, 400, "/api/v1/mlrequests/<pk>"),
+        ("/api/v1/mlrequests/123456", {}, 301, "/api/v1/mlrequests/<pk>"),
+        ("/api/v1/nowhere", {}, 301, "(no such address)"),
+        ("/readyz", {}, 503, "/readyz"),
+    ],
+)
+def test_what_is_answered_before_its_address_is_looked_at_is_logged_by_it_too(
+    db, log, settings, path, how, status, logged_path
+):
+    settings.DEBUG = False
+    settings.ALLOWED_HOSTS = ["testserver"]
+    settings.SECURE_SSL_REDIRECT = True
+
+    assert APIClient().get(path, **how, secure="HTTP_HOST" in how).status_code == status
+
+    (line,) = request_lines(log)
+    assert (line["status"], line["path"]) == (status, logged_path)
+
+
 @pytest.mark.parametrize("debug", [True, False])
 def test_a_failure_nobody_foresaw_leaves_its_traceback_once(api, algorithms, log, settings, monkeypatch, debug):
     monkeypatch.setattr("apps.endpoints.views.prediction.predict", lambda *args, **kwargs: 1 / 0)

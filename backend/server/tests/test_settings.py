@@ -196,11 +196,11 @@ def test_a_cluster_needs_dask(monkeypatch):
     assert refusal == "DASK_SCHEDULER needs Dask: pip install -r requirements-dask.txt"
 
 
-@pytest.mark.parametrize("key", ["", "development-only-and-refused-without-debug"])
+@pytest.mark.parametrize("key", ["", "development-only-and-refused-without-debug", "of-31-characters-0123456789-abc"])
 def test_production_needs_a_secret_key_of_its_own(key):
     refusal = refusal_of({"DEBUG": "0", "SECRET_KEY": key})
 
-    assert refusal.startswith("SECRET_KEY is required when DEBUG is off. Make one with: python -c")
+    assert refusal.startswith("SECRET_KEY is required when DEBUG is off, with at least 32 characters. Make one with: ")
 
 
 @pytest.mark.whole

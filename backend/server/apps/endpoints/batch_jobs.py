@@ -259,7 +259,9 @@ def result(job: BatchJob, form: str = "") -> tuple[int | None, Iterator[bytes]]:
     if not job.is_finished:
         raise NotFinished(f"Job {job.pk} is {job.state}; its result is there when it has succeeded.")
     if job.state != BatchJob.State.SUCCEEDED:
-        raise NotFinished(f"Job {job.pk} has no result: it is {job.state}. {job.problem}".strip())
+        how = "was" if job.state == BatchJob.State.CANCELLED else "has"
+        where = f"See /api/v1/batch-jobs/{job.pk}/errors." if job.rows_refused else ""
+        raise NotFinished(" ".join(f"Job {job.pk} has no result: it {how} {job.state}. {job.problem} {where}".split()))
     names = [job_files.HEADER, *job.parts.order_by("number").values_list("file", flat=True)]
     if (form or job.result_format) == BatchJob.Format.CSV:
         return _contents(job, names)

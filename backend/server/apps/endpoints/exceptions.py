@@ -17,6 +17,7 @@ from django.db import InterfaceError, OperationalError
 from django.http import UnreadablePostError
 from rest_framework import exceptions, status
 from rest_framework.response import Response
+from rest_framework.views import APIView
 from rest_framework.views import exception_handler as drf_exception_handler
 
 from apps.endpoints import batch_jobs, prediction
@@ -88,8 +89,17 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     if isinstance(error, exceptions.ValidationError):
         response.data = _body(*_summary(_flatten(error.detail)))
     else:
-        response.data = _body(str(response.data["detail"]))
+        response.data = _body(f"{response.data['detail']}{_remedy(error, context['view'])}")
     return response
+
+
+def _remedy(error: Exception, view: APIView) -> str:
+    """For what DRF refuses without saying what it would take; our own messages do."""
+    if isinstance(error, exceptions.MethodNotAllowed):
+        return f" Use {' or '.join(method for method in view.allowed_methods if method != 'OPTIONS')}."
+    if isinstance(error, exceptions.UnsupportedMediaType) and str(error.detail).startswith("Unsupported"):
+        return f" Send {' or '.join(parser.media_type for parser in view.parser_classes)}."
+    return ""
 
 
 def _answer(code: int, message: str, errors: Sequence[dict[str, Any]] = ()) -> Response:

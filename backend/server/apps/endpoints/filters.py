@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import django_filters
 from django import forms
 from django.core.exceptions import ValidationError
+from django.db.models import QuerySet
 from django_filters.fields import IsoDateTimeField
+from django_filters.rest_framework import DjangoFilterBackend
 from drf_spectacular.utils import extend_schema_field
-from rest_framework.exceptions import NotFound
+from rest_framework import exceptions
 from rest_framework.pagination import Cursor, CursorPagination
 from rest_framework.request import Request
 
 from apps.endpoints.models import BatchJob, MLAlgorithm, MLAlgorithmStatus, MLRequest, RequestQuerySet, Status
+from apps.endpoints.parameters import unknown
+
+if TYPE_CHECKING:
+    from rest_framework.viewsets import GenericViewSet
 
 LARGEST_ID = 2**63 - 1
 
@@ -36,6 +42,8 @@ class TrueOrFalseFilter(django_filters.TypedChoiceFilter):
 
 
 class MomentField(IsoDateTimeField):
+    default_error_messages = {"invalid": "Expected a date, or a date and time, as in 2026-11-28T12:30:00Z."}
+
     def to_python(self, value: Any) -> datetime | None:
         moment = super().to_python(value)
         try:
@@ -48,7 +56,32 @@ class MomentFilter(django_filters.IsoDateTimeFilter):
     field_class = MomentField
 
 
-class AlgorithmFilter(django_filters.FilterSet):
+class Filters(django_filters.FilterSet):
+    """Names the choices when it refuses another."""
+
+    def get_form_class(self) -> type[forms.Form]:
+        form = super().get_form_class()
+        for field in form.base_fields.values():
+            if isinstance(field, forms.ChoiceField):
+                names = ", ".join(str(value) for value, _ in field.choices if value)
+                field.error_messages["invalid_choice"] = f"Expected one of {names}."
+        return form
+
+
+class KnownFilters(DjangoFilterBackend):
+    """Refuses what a list cannot be filtered by."""
+
+    def filter_queryset(self, request: Request, queryset: QuerySet, view: GenericViewSet) -> QuerySet:
+        if not view.detail:
+            filters = self.get_filterset_class(view, queryset)
+            pages = (getattr(view.paginator, f"{name}_query_param", None) for name in ("cursor", "page_size"))
+            known = [*(filters.base_filters if filters else ()), *filter(None, pages)]
+            if wrong := unknown(request.query_params, known):
+                raise exceptions.ValidationError(wrong)
+        return super().filter_queryset(request, queryset, view)
+
+
+class AlgorithmFilter(Filters):
     endpoint = django_filters.CharFilter("parent_endpoint__name")
     status = django_filters.ChoiceFilter(choices=Status.choices, field_name="current_status")
 
@@ -57,7 +90,7 @@ class AlgorithmFilter(django_filters.FilterSet):
         fields = ["name", "version"]
 
 
-class StatusFilter(django_filters.FilterSet):
+class StatusFilter(Filters):
     parent_mlalgorithm = IdFilter("parent_mlalgorithm")
     active = TrueOrFalseFilter("active")
 
@@ -66,7 +99,7 @@ class StatusFilter(django_filters.FilterSet):
         fields = ["status"]
 
 
-class RequestFilter(django_filters.FilterSet):
+class RequestFilter(Filters):
     algorithm = IdFilter("parent_mlalgorithm")
     abtest = IdFilter("abtest")
     customer_key = django_filters.CharFilter(method="of_customer")
@@ -85,7 +118,7 @@ class RequestFilter(django_filters.FilterSet):
         return requests.labelled() if known else requests.filter(feedback=None)
 
 
-class BatchJobFilter(django_filters.FilterSet):
+class BatchJobFilter(Filters):
     algorithm = IdFilter("parent_mlalgorithm")
 
     class Meta:
@@ -104,5 +137,5 @@ class NewestFirst(CursorPagination):
     def decode_cursor(self, request: Request) -> Cursor | None:
         cursor = super().decode_cursor(request)
         if cursor and not re.fullmatch("[0-9]{1,18}", cursor.position or "0"):
-            raise NotFound(self.invalid_cursor_message)
+            raise exceptions.NotFound(self.invalid_cursor_message)
         return cursor

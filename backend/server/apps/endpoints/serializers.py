@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -11,7 +12,7 @@ from django.utils import timezone
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from apps.endpoints import batch_jobs, outcomes, tables
+from apps.endpoints import batch_jobs, outcomes, parameters, tables
 from apps.endpoints.evidence import EVERYONE, UNTREATED
 from apps.endpoints.models import (
     MOST_CUSTOMERS,
@@ -35,6 +36,30 @@ MAX_IDEMPOTENCY_KEY = 200
 MAX_REASON = 2_000
 # A larger file is not held in memory, which takes ten times as much.
 MOST_BYTES_AT_ONCE = 20 * 2**20
+
+
+class OneOfField(serializers.ChoiceField):
+    """Names the choices when it refuses another."""
+
+    def __init__(self, choices: Any, **kwargs: Any):
+        super().__init__(choices, **kwargs)
+        self.error_messages["invalid_choice"] = f"Expected one of {', '.join(map(str, self.choices))}."
+
+
+# Of a field that names an algorithm by its id.
+AN_ALGORITHM = {
+    "pk_field": serializers.IntegerField(),
+    "error_messages": {"does_not_exist": "There is no algorithm {pk_value}; /api/v1/mlalgorithms lists them."},
+}
+
+
+class NothingElse(serializers.Serializer):
+    """Refuses what it has no field for."""
+
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, Mapping) and (wrong := parameters.unknown(data, self.fields)):
+            raise serializers.ValidationError(wrong)
+        return super().to_internal_value(data)
 
 
 class EndpointSerializer(serializers.ModelSerializer):
@@ -74,7 +99,7 @@ class ReasonField(serializers.CharField):
         super().__init__(max_length=MAX_REASON, required=False, default="", allow_blank=True, **kwargs)
 
 
-class MLAlgorithmStatusSerializer(serializers.ModelSerializer):
+class MLAlgorithmStatusSerializer(NothingElse, serializers.ModelSerializer):
     status = serializers.CharField(max_length=128, help_text="testing, staging, production or retired")
     created_by = CreatedByField()
     reason = ReasonField()
@@ -86,11 +111,11 @@ class MLAlgorithmStatusSerializer(serializers.ModelSerializer):
             "parent_mlalgorithm",
         ]
         read_only_fields = ["id", "active", "created_at", "is_rollback"]
-        extra_kwargs = {"parent_mlalgorithm": {"pk_field": serializers.IntegerField()}}
+        extra_kwargs = {"parent_mlalgorithm": AN_ALGORITHM}
         validators: list[object] = []  # `lifecycle` judges, under a lock
 
 
-class RollbackSerializer(serializers.Serializer):
+class RollbackSerializer(NothingElse):
     """Who gives production back, and why."""
 
     reason = ReasonField()
@@ -166,7 +191,7 @@ class OutcomeSerializer(serializers.Serializer):
     acted_on = ActedOnField()
 
 
-class HowOutcomesSerializer(serializers.Serializer):
+class HowOutcomesSerializer(NothingElse):
     """What holds for all outcomes that name customers."""
 
     endpoint = serializers.CharField(required=False, help_text="To which the requests belong; by default any.")
@@ -261,7 +286,7 @@ class PlanField(serializers.FloatField):
     default_validators = [is_finite]
 
 
-class ABTestSerializer(serializers.ModelSerializer):
+class ABTestSerializer(NothingElse, serializers.ModelSerializer):
     """Two algorithms, and the plan by which they are compared, which is fixed for the life of the test."""
 
     created_by = CreatedByField()
@@ -270,6 +295,7 @@ class ABTestSerializer(serializers.ModelSerializer):
     challenger = serializers.SerializerMethodField()
     decision = DecisionSerializer(read_only=True, allow_null=True, help_text="How it ended, and why.")
     serializer_field_mapping = {**serializers.ModelSerializer.serializer_field_mapping, models.FloatField: PlanField}
+    serializer_choice_field = OneOfField
 
     class Meta:
         model = ABTest
@@ -281,10 +307,7 @@ class ABTestSerializer(serializers.ModelSerializer):
             *("guardrail_error_rate", "guardrail_latency_p99_ms", "guardrail_label_shift", "decision"),
         ]
         read_only_fields = ["id", "created_at", "ended_at", "summary"]
-        extra_kwargs = {
-            "parent_mlalgorithm_1": {"pk_field": serializers.IntegerField()},
-            "parent_mlalgorithm_2": {"pk_field": serializers.IntegerField()},
-        }
+        extra_kwargs = {"parent_mlalgorithm_1": AN_ALGORITHM, "parent_mlalgorithm_2": AN_ALGORITHM}
         validators: list[object] = []  # `abtests` judges, under a lock
 
     def get_champion(self, test: ABTest) -> int:
@@ -412,7 +435,7 @@ class DaySerializer(serializers.Serializer):
     difference = ComparisonSerializer()
 
 
-class ReportQuerySerializer(serializers.Serializer):
+class ReportQuerySerializer(NothingElse):
     fresh = serializers.BooleanField(
         default=False, help_text="Count anew. Without it the report of a large test may be as of some minutes ago."
     )
@@ -439,17 +462,17 @@ class ReportSerializer(serializers.Serializer):
     days = DaySerializer(many=True)
 
 
-class StopSerializer(serializers.Serializer):
+class StopSerializer(NothingElse):
     """How to end a test. Empty: as its policy says."""
 
     force = serializers.BooleanField(default=False, help_text="Overrule the policy; needs a reason.")
     reason = serializers.CharField(default="", allow_blank=True, max_length=2_000)
-    promote = serializers.ChoiceField(
+    promote = OneOfField(
         ["champion", "challenger"], default="", help_text="With force: by default whichever the policy would not."
     )
 
 
-class PlanQuerySerializer(serializers.Serializer):
+class PlanQuerySerializer(NothingElse):
     """What an A/B test would have to show. `planning` says what cannot be."""
 
     baseline = PlanField(help_text="The champion's accuracy, such as 0.8.")
@@ -489,7 +512,7 @@ class StoppedABTestSerializer(ABTestSerializer):
         fields = [*ABTestSerializer.Meta.fields, "message"]
 
 
-class ReplaySerializer(serializers.Serializer):
+class ReplaySerializer(NothingElse):
     """Which algorithms to compare on which logged requests."""
 
     challenger = serializers.IntegerField(min_value=1, max_value=2**63 - 1, help_text="An algorithm's id.")
@@ -570,7 +593,7 @@ class ServedStatusField(serializers.CharField):
     """A status by which an algorithm can be asked for; `prediction` says which there are when it is none."""
 
 
-class WantedSerializer(serializers.Serializer):
+class WantedSerializer(NothingElse):
     """Which algorithm answers."""
 
     status = ServedStatusField(
@@ -594,17 +617,17 @@ class BatchSerializer(WantedSerializer):
     )
     endpoint = serializers.CharField(default=DEFAULT_ENDPOINT, max_length=128)
     status = ServedStatusField(required=False, max_length=128, help_text="By default production.")
-    format = serializers.ChoiceField(
+    format = OneOfField(
         ["json", "csv", "parquet"],
         default="",
         help_text="Of an answer that comes at once by default json, and of a job's result the file's own; "
         "parquet: a job, however small.",
     )
-    mode = serializers.ChoiceField(["auto", "async"], default="auto", help_text="async: a job, however small.")
-    on_error = serializers.ChoiceField(
+    mode = OneOfField(["auto", "async"], default="auto", help_text="async: a job, however small.")
+    on_error = OneOfField(
         BatchJob.OnError.values, default=BatchJob.OnError.FAIL.value, help_text="skip: score the other rows."
     )
-    log = serializers.ChoiceField(
+    log = OneOfField(
         BatchJob.Log.values, default=BatchJob.Log.ALL.value, help_text="none: log no requests, and so get no feedback."
     )
 

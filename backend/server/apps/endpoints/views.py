@@ -24,7 +24,7 @@ from drf_spectacular.utils import (
 )
 from rest_framework import mixins, viewsets
 from rest_framework.decorators import action
-from rest_framework.exceptions import ParseError, UnsupportedMediaType, ValidationError
+from rest_framework.exceptions import NotFound, ParseError, PermissionDenied, UnsupportedMediaType, ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -176,6 +176,13 @@ class Api:
 
     def max_bytes(self) -> int:
         return settings.MAX_BODY_BYTES
+
+    def get_object(self) -> Any:
+        try:
+            return super().get_object()
+        except Http404:
+            what = self.queryset.model._meta.verbose_name
+            raise NotFound(f"There is no {what} {self.kwargs['pk']}.") from None
 
     def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
         renderer = self.get_renderers()[0]
@@ -521,6 +528,7 @@ def slide_of(test: ABTest, *, fresh: bool = False) -> HttpResponse:
     return response
 
 
+_CANCELS_ANY = "endpoints.change_batchjob"
 PARQUET_TYPE = "application/vnd.apache.parquet"
 NO_FILE = {404: ErrorSerializer, 409: ErrorSerializer, 410: ErrorSerializer}
 
@@ -534,10 +542,17 @@ class BatchJobViewSet(Api, viewsets.ReadOnlyModelViewSet):
     pagination_class = NewestFirst
     filterset_class = BatchJobFilter
 
-    @extend_schema(responses={200: BatchJobSerializer, 404: ErrorSerializer, 409: ErrorSerializer})
+    @extend_schema(
+        responses={200: BatchJobSerializer, 403: ErrorSerializer, 404: ErrorSerializer, 409: ErrorSerializer}
+    )
     def destroy(self, request: Request, pk: str) -> Response:
-        """Cancel a job. Requests that it has logged by then stay."""
-        job = batch_jobs.cancel(self.get_object(), now=timezone.now())
+        """Cancel a job. Requests that it has logged by then stay. Of others' jobs it needs a permission."""
+        job = self.get_object()
+        if request.user and job.created_by != _asker(request) and not request.user.has_perm(_CANCELS_ANY):
+            raise PermissionDenied(
+                f"{job.created_by} asked for this job; to cancel it you need the permission {_CANCELS_ANY}."
+            )
+        job = batch_jobs.cancel(job, now=timezone.now())
         return Response(BatchJobSerializer(job).data)
 
     @extend_schema(

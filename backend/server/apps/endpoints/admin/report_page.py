@@ -35,6 +35,7 @@ def shown(test: ABTest, report: dict[str, Any], *, now: datetime, fresh: bool) -
     is_open = not test.ended_at and decision["verdict"] in (Verdict.HOLD, Verdict.CONTINUE)
     moment = timezone.localtime(report["as_of"]).strftime("%Y-%m-%d %H:%M")
     return {
+        "title": test.title,
         "badge": badge(*BADGES[decision["verdict"]]),
         "state": f"as it was when it ended, {moment}" if test.ended_at else f"as of {moment}",
         "sentence": decision["sentence"],

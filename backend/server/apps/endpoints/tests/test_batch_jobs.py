@@ -306,7 +306,8 @@ class TestBadRows:
         assert not MLRequest.objects.exists()
         response = api.get(f"{job}/result")
         assert response.status_code == 409
-        assert "3 of 21 rows" in response.json()["message"]
+        message = response.json()["message"]
+        assert "has failed. 3 of 21 rows" in message and message.endswith(f"See {job}/errors.")
         errors = api.get(f"{job}/errors").json()
         assert errors["rows_refused"] == 3
         assert [(error["line"], error["column"], error["value"]) for error in errors["errors"]] == [

@@ -52,6 +52,15 @@ def is_error(response, status: int | None = None) -> str:
     return body["message"]
 
 
+CSV = SimpleUploadedFile("customers.csv", b"Orders\n4\n")
+
+
+def asked(api, method: str, address: str, body: object):
+    """The answer; a body with a file goes as a form."""
+    is_form = isinstance(body, dict) and "file" in body
+    return getattr(api, method)(address, body, **({"format": "multipart"} if is_form else {}))
+
+
 @pytest.fixture
 def answered(api, algorithms, customer) -> int:
     return api.post(PREDICT, customer).json()["request_id"]
@@ -130,6 +139,62 @@ class TestAddresses:
         for address in READS:
             api.get(f"{address}?{query}")
         is_error(api.post(f"{PREDICT}?{query}", customer), 400)
+
+
+class TestRemedies:
+    @pytest.mark.parametrize(
+        ("method", "address", "body", "name", "remedy"),
+        [
+            ("post", f"{PREDICT}?staus=production", {"Orders": 4}, "staus", "did you mean status?"),
+            ("post", "/api/v1/batch-predict", {"file": CSV, "on_eror": "skip"}, "on_eror", "did you mean on_error?"),
+            ("post", "/api/v1/feedback?windowdays=3", [{"request_id": 1}], "windowdays", "did you mean window_days?"),
+            ("post", "/api/v1/abtests", {"minimum_labeled": 500}, "minimum_labeled", "did you mean minimum_labelled?"),
+            ("post", "/api/v1/mlalgorithmstatuses", {"reson": "x"}, "reson", "did you mean reason?"),
+            ("post", "/api/v1/abtests/replay", {"chalenger": 2}, "chalenger", "did you mean challenger?"),
+            ("get", "/api/v1/abtests/plan?baselin=0.8", None, "baselin", "did you mean baseline?"),
+            ("get", "/api/v1/mlrequests?labeled=true", None, "labeled", "did you mean labelled?"),
+            ("get", "/api/v1/mlrequests?limit=5", None, "limit", "use algorithm, abtest, "),
+            ("get", "/api/v1/endpoints?q=shop", None, "q", "leave it out."),
+        ],
+    )
+    def test_a_name_that_nothing_has_is_refused_with_the_one_that_was_meant(
+        self, api, algorithms, method, address, body, name, remedy
+    ):
+        message = is_error(asked(api, method, address, body), 400)
+
+        assert message.startswith(f"{name}: There is nothing of this name here; {remedy}")
+
+    @pytest.mark.parametrize(
+        ("method", "address", "body", "status", "remedy"),
+        [
+            ("post", "/api/v1/batch-predict", {"file": CSV, "mode": "later"}, 400, "Expected one of auto, async."),
+            ("get", "/api/v1/mlalgorithms?status=bad", None, 400, "Expected one of testing, staging, "),
+            ("get", "/api/v1/mlrequests?labelled=maybe", None, 400, "Expected one of true, false."),
+            ("get", "/api/v1/mlrequests?created_after=yesterday", None, 400, "as in 2026-11-28T12:30:00Z."),
+            (
+                "post",
+                "/api/v1/mlalgorithmstatuses",
+                {"status": "staging", "parent_mlalgorithm": 77},
+                400,
+                "There is no algorithm 77; /api/v1/mlalgorithms lists them.",
+            ),
+            ("get", "/api/v1/mlrequests/99999", None, 404, "There is no request 99999."),
+            ("get", "/api/v1/batch-jobs/99/errors", None, 404, "There is no batch job 99."),
+            ("get", "/api/v1/abtests/9/report", None, 404, "There is no A/B test 9."),
+            ("get", PREDICT, None, 405, "Use POST."),
+            ("delete", "/api/v1/mlrequests/1", None, 405, "Use GET or PUT or PATCH or HEAD."),
+        ],
+    )
+    def test_a_refusal_says_what_would_do(self, api, algorithms, method, address, body, status, remedy):
+        assert remedy in is_error(asked(api, method, address, body), status)
+
+    def test_a_body_of_a_kind_that_is_not_read_is_told_which_are(self, api, algorithms):
+        message = is_error(api.post(PREDICT, "Orders=4", content_type="text/plain"), 415)
+
+        assert message.endswith("Send application/json or application/x-www-form-urlencoded or multipart/form-data.")
+
+    def test_a_date_alone_is_a_moment_too(self, api, algorithms):
+        assert api.get("/api/v1/mlrequests?created_after=2026-11-28").status_code == 200
 
 
 CHARSETS = ["nonsense", "", "rot13", "hex", "undefined", "idna", "utf-7", "ü", '"', "'a'b'c"]
