@@ -51,7 +51,7 @@ class Deployed:
     folder: Path
     token: str
     password: str
-    server: processes.Server
+    server: processes.Server | None
 
     def curl(self, path: str, *options: str, scheme: str = "https") -> tuple[int, dict[str, str], str]:
         """Status, headers and body of what curl gets, which checks the certificate."""
@@ -62,6 +62,15 @@ class Deployed:
         head, _, body = done.stdout.replace("\r\n", "\n").rpartition("HTTP/1.1 ")[2].partition("\n\n")
         status, *lines = head.split("\n")
         return int(status.split()[0]), {k.lower(): v for k, v in (line.split(": ", 1) for line in lines)}, body
+
+    def until_nginx_answers(self, nginx: subprocess.Popen) -> tuple[int, dict[str, str], str]:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                return self.curl("/livez")
+            except subprocess.CalledProcessError:
+                assert nginx.poll() is None and time.monotonic() < deadline, (self.folder / "error.log").read_text()
+                time.sleep(0.1)
 
     def post(self, path: str, body: object, *options: str) -> tuple[int, dict[str, str], str]:
         json_body = ("-H", "Content-Type: application/json", "-d", json.dumps(body))
@@ -124,14 +133,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, trained: Path, postgresql
         nginx = start_nginx(folder, https=https, http=http, upstream=upstream)
         try:
             site = Deployed(https, http, folder, token, shown.split()[-1], server)
-            deadline = time.monotonic() + 20
-            while time.monotonic() < deadline:
-                try:
-                    site.curl("/livez")
-                    break
-                except subprocess.CalledProcessError:
-                    assert nginx.poll() is None, (folder / "error.log").read_text()
-                    time.sleep(0.1)
+            site.until_nginx_answers(nginx)
             yield site
         finally:
             nginx.terminate()
@@ -206,6 +208,20 @@ def test_a_client_that_sends_all_before_it_reads_learns_why_it_was_refused(deplo
 
     answer = connection.getresponse()
     assert answer.status == status and json.loads(answer.read())["message"]
+
+
+def test_while_the_server_is_down_nginx_says_so_as_the_server_would(tmp_path):
+    https, http = free_port(), free_port()
+    nginx = start_nginx(tmp_path, https=https, http=http, upstream=free_port())
+    try:
+        site = Deployed(https, http, tmp_path, token="", password="", server=None)
+        status, headers, body = site.until_nginx_answers(nginx)
+    finally:
+        nginx.terminate()
+        nginx.wait(20)
+
+    assert (status, headers["content-type"]) == (502, "application/json")
+    assert json.loads(body) == {"status": "Error", "message": "The server does not answer; try again."}
 
 
 def test_the_admin_shows_its_login_page_with_styles_and_lets_the_first_admin_in(deployed, tmp_path):
