@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from django.db import DatabaseError, connection
+from django.db import Error, connection
 from django.db.migrations.executor import MigrationExecutor
 from django.http import HttpRequest, JsonResponse
 from django.views.decorators.http import require_safe
@@ -26,6 +26,8 @@ def livez(request: HttpRequest) -> JsonResponse:
 def readyz(request: HttpRequest) -> JsonResponse:
     """200 when a production algorithm can answer, 503 when none can; `degraded` lists what is amiss besides."""
     try:
+        if _is_read_only():
+            return _not_ready("The database takes no writes, and so no answer can be recorded.")
         executor = MigrationExecutor(connection)
         pending = executor.migration_plan(executor.loader.graph.leaf_nodes())
         if pending:
@@ -38,7 +40,7 @@ def readyz(request: HttpRequest) -> JsonResponse:
                 if registered
                 else f"No model has been trained yet. {HOW_TO_TRAIN}"
             )
-    except DatabaseError as error:
+    except Error as error:
         # Whoever may probe need not learn the database's address; the log tells it.
         logger.error("The database does not answer: %s", str(error).strip())
         return _not_ready("The database does not answer; the log says why.")
@@ -49,6 +51,15 @@ def readyz(request: HttpRequest) -> JsonResponse:
     if not producing:
         return _not_ready(*degraded)
     return JsonResponse({"status": "degraded", "degraded": degraded} if degraded else {"status": "ready"})
+
+
+def _is_read_only() -> bool:
+    """Whether PostgreSQL is a standby, or was told to take no writes."""
+    if connection.vendor != "postgresql":
+        return False
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW transaction_read_only")
+        return cursor.fetchone() == ("on",)
 
 
 def _not_ready(*reasons: str) -> JsonResponse:

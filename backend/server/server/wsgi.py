@@ -20,7 +20,7 @@ application = Handler()
 
 def fill_registry() -> None:
     """A missing model, or a database that is not ready, is said in the log and by /readyz; the server starts."""
-    from django.db import DatabaseError, connections
+    from django.db import Error, connections
 
     from apps.ml.artifacts import ArtifactError
     from apps.ml.registry import registry
@@ -32,7 +32,7 @@ def fill_registry() -> None:
         except ArtifactError as error:
             logger.warning("%s", error)
         registry.warm()
-    except DatabaseError as error:
+    except Error as error:
         logger.error("The database is not ready (%s). Apply migrations with `python manage.py migrate`.", error)
     finally:
         connections.close_all()

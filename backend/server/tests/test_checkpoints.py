@@ -124,6 +124,28 @@ def test_a_long_reader_and_a_long_writer_are_not_waited_for_and_hold_up_nobody(e
 
 
 @pytest.mark.whole
+def test_once_nobody_writes_any_more_it_looks_seldom(env, database, tmp_path):
+    tells = (
+        "checkpoints.GROWING_LOG = checkpoints.LONG_LOG = 5\n"
+        "checkpoints.SHORT_PAUSE = 0.02\n"
+        "checkpoint = checkpoints._checkpoint\n"
+        "def told():\n"
+        "    print('looks', flush=True)\n"
+        "    return checkpoint()\n"
+        "checkpoints._checkpoint = told"
+    )
+    log = tmp_path / "log"
+    with process(env, tmp_path, tells), connected(database) as writer:
+        fill(writer, 30)
+        assert comes_true(lambda: rows_in_the_file(database, tmp_path) == 30)
+        time.sleep(1)
+        looks = log.read_text().count("looks")
+        time.sleep(2 * checkpoints.PAUSE)
+
+        assert 1 <= log.read_text().count("looks") - looks <= 3
+
+
+@pytest.mark.whole
 def test_one_process_does_it_and_when_it_is_killed_the_next(env, database, tmp_path):
     log = tmp_path / "log"
     with process(env, tmp_path) as first, connected(database) as writer:
@@ -145,7 +167,7 @@ def test_one_process_does_it_and_when_it_is_killed_the_next(env, database, tmp_p
 def test_no_error_ends_it(env, database, tmp_path):
     fails_once = (
         "copy = checkpoints.copy_log\n"
-        "def fail():\n"
+        "def fail(before):\n"
         "    checkpoints.copy_log = copy\n"
         "    raise ValueError('of what nobody thought')\n"
         "checkpoints.copy_log = fail"

@@ -186,7 +186,17 @@ def test_a_connection_that_became_too_old_while_nobody_asked_is_not_used_again(p
     assert first != second
 
 
-def test_a_table_that_changed_under_a_running_server_costs_no_client_an_error(postgresql_url, trained, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE auth_user ALTER COLUMN username TYPE varchar(200)",
+        "ALTER TABLE endpoints_mlrequest ALTER COLUMN id TYPE integer",
+    ],
+)
+@pytest.mark.parametrize("customers", [{"Orders": 3}, [{"Orders": 3}, {"Orders": 4}]], ids=["one", "two"])
+def test_a_table_that_changed_under_a_running_server_costs_no_client_an_error(
+    postgresql_url, trained, tmp_path, change, customers
+):
     url = postgresql.new_database(postgresql_url)
     env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="WARNING")
     processes.manage("migrate", env=env)
@@ -195,9 +205,47 @@ def test_a_table_that_changed_under_a_running_server_costs_no_client_an_error(po
 
         def ask() -> int:
             path = f"{server.url}/api/v1/classifier/predict?status=production"
-            return shop.post(path, json={"Orders": 3}, timeout=30).status_code
+            return shop.post(path, json=customers, timeout=30).status_code
 
         assert {ask() for _ in range(20)} == {200}
         with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute("ALTER TABLE auth_user ALTER COLUMN username TYPE varchar(200)")
+            connection.execute(change)
         assert {ask() for _ in range(20)} == {200}
+
+
+@pytest.mark.parametrize("customers", [{"Orders": 3}, [{"Orders": 3}, {"Orders": 4}]], ids=["one", "two"])
+def test_a_database_that_takes_no_writes_is_told_and_left_for_one_that_does(
+    postgresql_url, trained, tmp_path, customers
+):
+    url = postgresql.new_database(postgresql_url)
+    # Connections that can only read would be kept as long as others.
+    env = processes.environment(url, trained, DEBUG="1", LOG_LEVEL="ERROR", CONN_MAX_AGE="600")
+    processes.manage("migrate", env=env)
+    log = tmp_path / "server.log"
+    with (
+        processes.running(env, log, wait_for="/readyz") as server,
+        psycopg.connect(url, autocommit=True) as database,
+    ):
+        server.headers = processes.token_header(env)
+        name = database.info.dbname
+
+        def ask() -> int:
+            return server.post("/api/v1/classifier/predict?status=production", json=customers).status_code
+
+        assert {ask() for _ in range(20)} == {200}
+        database.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        database.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        assert {ask() for _ in range(20)} == {503}
+        ready = server.get("/readyz")
+        assert (ready.status_code, ready.json()["message"]) == (
+            503,
+            "The database takes no writes, and so no answer can be recorded.",
+        )
+
+        database.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        [ask() for _ in range(40)]  # each process, and each of its threads, has yet to find out
+        assert {ask() for _ in range(40)} == {200}
+    assert "Traceback" not in log.read_text()

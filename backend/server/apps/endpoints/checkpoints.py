@@ -34,15 +34,15 @@ def begin() -> None:
         threading.Thread(target=_keep_copying, name="checkpoints", daemon=True).start()
 
 
-def copy_log() -> int:
+def copy_log(pages_before: int = 0) -> int:
     """Copy and flush what is in the log, and return how many pages that is.
 
     Not what was committed since somebody began to read who has not ended. If the log is long, it is copied once more
-    while those who take turns wait.
+    while those who take turns wait. pages_before: what this returned last; so many mean that nobody has written.
     """
     _, pages, _ = _checkpoint()
-    if pages > LONG_LOG:
-        in_turn(_checkpoint)
+    if pages > LONG_LOG and pages != pages_before:
+        _, pages, _ = in_turn(_checkpoint)
     return pages
 
 
@@ -57,10 +57,11 @@ def _checkpoint() -> tuple[int, int, int]:
 def _keep_copying() -> None:
     while not take_for_good("checkpoints"):
         time.sleep(LATER)
-    was_told = False
+    was_told, pages = False, 0
     while True:
+        before = pages
         try:
-            pages = copy_log()
+            pages = copy_log(before)
         except Exception as error:  # whatever it is: as long as this process lives, no other one takes over
             if not was_told:
                 logger.error("SQLite's write-ahead log cannot be copied (%s); trying again.", error, exc_info=True)
@@ -69,4 +70,4 @@ def _keep_copying() -> None:
             time.sleep(LATER)
         else:
             was_told = False
-            time.sleep(SHORT_PAUSE if pages > GROWING_LOG else PAUSE)
+            time.sleep(SHORT_PAUSE if pages > GROWING_LOG and pages != before else PAUSE)

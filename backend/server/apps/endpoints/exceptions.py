@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
-from django.db import InterfaceError, OperationalError
 from django.http import UnreadablePostError
 from rest_framework import exceptions, status
 from rest_framework.response import Response
@@ -27,6 +26,7 @@ from apps.endpoints.feedback import UnknownOutcome
 from apps.endpoints.lifecycle import LifecycleError, NoWayBack, TestRunning
 from apps.endpoints.planning import PlanError
 from apps.endpoints.replay import ReplayError
+from apps.endpoints.sql import TROUBLE, leave_if_read_only
 from apps.ml.schema import InputError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     for kind, code in HTTP_STATUS:
         if isinstance(error, kind):
             return _answer(code, str(error))
-    if isinstance(error, (OperationalError, InterfaceError)):
+    if isinstance(error, TROUBLE):
+        leave_if_read_only(error)
         logger.error("The database does not answer: %s", str(error).strip())
         return _answer(status.HTTP_503_SERVICE_UNAVAILABLE, "The database does not answer; try again.")
     if isinstance(error, UnreadablePostError):

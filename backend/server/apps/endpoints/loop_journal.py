@@ -186,4 +186,4 @@ def _settle(group: Group, when: Callable[..., Any]) -> None:
 def _fail(group: Group, error: Exception) -> None:
     for entry, _ in group:
         if not entry.is_settled:
-            entry.error = OperationalError(f"The connection failed: {error!r}")
+            entry.error = OperationalError(f"Recording failed: {error!r}")

@@ -9,7 +9,14 @@ from functools import cached_property
 from operator import methodcaller
 from typing import Any
 
-from django.db import DEFAULT_DB_ALIAS, InterfaceError, NotSupportedError, OperationalError, connections
+from django.db import (
+    DEFAULT_DB_ALIAS,
+    InterfaceError,
+    InternalError,
+    NotSupportedError,
+    OperationalError,
+    connections,
+)
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
 
@@ -18,6 +25,9 @@ _PLACEHOLDER = "\x00the value asked for"
 
 # Whose errors Django's cursor passes on as they are.
 _DRIVERS = {"sqlite", "postgresql"}
+
+# Of the database, whatever it was asked. InternalError: it takes no writes, as after a failover to another host.
+TROUBLE = (OperationalError, InterfaceError, InternalError)
 
 # For one look at one socket: without the descriptor of its own that the default has, or on Windows the default.
 _Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
@@ -79,6 +89,18 @@ def rows_together(
     database: BaseDatabaseWrapper, asked: Sequence[tuple[Statement, Sequence[Any]]]
 ) -> list[list[Sequence[Any]]]:
     """The rows of each statement with its parameters, on PostgreSQL: all done or none, and waited for but once."""
+    try:
+        return _rows_together(database, asked)
+    except NotSupportedError:  # of a plan that a migration outdated; none was done
+        if database.in_atomic_block:
+            raise
+        database.close()
+        return _rows_together(database, asked)
+
+
+def _rows_together(
+    database: BaseDatabaseWrapper, asked: Sequence[tuple[Statement, Sequence[Any]]]
+) -> list[list[Sequence[Any]]]:
     if len(asked) == 1:
         ((statement, parameters),) = asked
         return [statement.rows(database, parameters)]
@@ -105,6 +127,13 @@ def rows_together(
                     driver.pgconn.exec_(b"ROLLBACK")
             raise
         return [cursor.fetchall() for cursor in answers]
+
+
+def leave_if_read_only(error: Exception) -> None:
+    """Close this thread's connection after such an error, so that the next one leads to where writing goes on."""
+    database = connections[DEFAULT_DB_ALIAS]
+    if isinstance(error, InternalError) and not database.in_atomic_block:
+        database.close()
 
 
 def was_dropped(database: BaseDatabaseWrapper) -> bool:

@@ -37,7 +37,7 @@ def in_turn(write: Callable[[], T]) -> T:
     """What `write`, a transaction, returns; no other process is in its own turn meanwhile.
 
     Others, who know nothing of turns, may hold the file, and whose turn it is waits for them as SQLite does. Whoever
-    has waited long for a turn goes on without one, so that nobody's patience adds to another's.
+    has waited long for a turn then goes on without one, so that at most one other's patience adds to one's own.
     """
     lock = _lock("turn")
     if lock is None:
