@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import partial
 from itertools import chain
 from multiprocessing.process import BaseProcess
@@ -30,9 +30,11 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httptools
 import uvicorn
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server import serving
@@ -81,28 +83,90 @@ class Cycle(RequestResponseCycle):
         self.on_response()
 
 
+class Flow(FlowControl):
+    """uvicorn's, but reads no more requests while some wait for their turn: a client could send ever more of them."""
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized):
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        if not self._waiting:
+            super().resume_reading()
+
+
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, with bounds for what comes before a body, and for how long that takes."""
+    """uvicorn's, with bounds for what comes before a body, and for how long one may ask.
+
+    Offers to go on in another protocol are passed over; uvicorn would take the body for the next request.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._is_in_head, self._is_in_body, self._head_bytes = True, False, 0
+        self.flow = Flow(transport, self.pipeline)
+        self._is_in_head, self._is_in_body, self._is_upgrade = True, False, False
+        self._head_bytes = self._begun = 0
+        self._data = self._rest = b""
         self._refusal = "400 Bad Request"
         self._end_at(self.loop.time() + IDLE_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         timer = self.timeout_keep_alive_task
         end = timer.when() if timer else self.loop.time() + IDLE_SECONDS
-        was_in_body = self._is_in_body
-        super().data_received(data)
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering or self.transport.is_closing():
+        was_between = not (self._is_in_body or self._head_bytes)
+        self._begun, self._rest = 0, data
+        while self._rest and not self.transport.is_closing():
+            self._data, self._rest = self._rest, b""
+            super().data_received(self._data)
+        if self.transport.is_closing():
             return
-        self._end_at(end)  # which uvicorn has put off
-        if self._is_in_head and not was_in_body:  # else some of the data is of that
-            self._head_bytes += len(data)
+        if self._is_in_head:  # of which all of the data is a part, if nothing else was in it
+            is_all = self._begun == 0 or (self._begun == 1 and was_between)
+            self._head_bytes += len(data) if is_all else 1
+        is_answering = self.cycle is not None and not self.cycle.response_complete
         if self._head_bytes > MOST_BYTES:
-            self._refuse("431 Request Header Fields Too Large" if self.headers else "414 URI Too Long")
+            if is_answering:  # into which nothing else may be written
+                self.transport.close()
+            else:
+                self._refuse("431 Request Header Fields Too Large" if self.headers else "414 URI Too Long")
+        elif not is_answering:
+            self._end_at(end)  # which uvicorn has put off
+        elif self._is_in_body:
+            self._wait_for_body()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """What uvicorn calls when a head offers another protocol, at which its parser stops."""
+        if self._is_upgrade:  # else it is CONNECT, after which nothing is asked
+            self._is_upgrade = False
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+            self._rest = self._head_without_offer() + self._data[sys.exc_info()[1].args[0] :]
+
+    def _head_without_offer(self) -> bytes:
+        lines = [b"%b %b HTTP/%b" % (self._method, self.url, self._version.encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b", ".join(word for word in map(bytes.strip, value.split(b",")) if word.lower() != b"upgrade")
+            if name != b"upgrade":
+                lines.append(b"%b: %b" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
+
+    def _wait_for_body(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(IDLE_SECONDS, self._give_up_body)
+
+    def _give_up_body(self) -> None:
+        """Unless it is our own doing that nothing comes."""
+        if self.flow.read_paused or self.cycle.waiting_for_100_continue:
+            self._wait_for_body()
+        elif self.cycle.more_body:
+            self._break_off()
+
+    def _break_off(self) -> None:
+        """Whoever reads a body learns that there is no more of it."""
+        self.cycle.keep_alive = False
+        self.cycle.scope[BREAKS_OFF] = True
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
 
     def eof_received(self) -> bool:
         """A client may say that it has sent everything, and wait for its answer. Whether the connection stays."""
@@ -110,9 +174,7 @@ class Protocol(HttpToolsProtocol):
             return False
         self.cycle.keep_alive = False
         if self.cycle.more_body:
-            self.cycle.scope[BREAKS_OFF] = True
-            self.cycle.more_body = False
-            self.cycle.message_event.set()
+            self._break_off()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -122,6 +184,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_in_head, self._head_bytes = True, 0
+        self._begun += 1
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Not those after a body in chunks, which would pass for such as came before it."""
@@ -129,11 +192,18 @@ class Protocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_message_complete(self) -> None:
+        if self._is_upgrade:  # it has not begun yet
+            return
         super().on_message_complete()
         self._is_in_body = False
 
     def on_headers_complete(self) -> None:
-        self._is_in_head, self._is_in_body = False, True
+        method = self.parser.get_method()
+        self._is_upgrade = self.parser.should_upgrade() and method != b"CONNECT"
+        if self._is_upgrade:
+            self._method, self._version = method, self.parser.get_http_version()
+            return
+        self._is_in_head, self._is_in_body, self._head_bytes = False, True, 0
         if len(self.url) > MOST_BYTES:
             self._refusal = "414 URI Too Long"
         elif len(self.headers) > MOST_HEADERS:
@@ -142,7 +212,8 @@ class Protocol(HttpToolsProtocol):
             self.scope["extensions"] = {WHOLE_ANSWER: {}}
             super().on_headers_complete()
             # What may come after a body in chunks has no bounds.
-            if self.server_state.is_ending or any(name == b"transfer-encoding" for name, _ in self.headers):
+            is_in_chunks = any(name == b"transfer-encoding" for name, _ in self.headers)
+            if self.server_state.is_ending or is_in_chunks or method == b"CONNECT":
                 self.cycle.keep_alive = False
             return
         raise ValueError(self._refusal)  # the parser ends with it, and uvicorn refuses
@@ -225,14 +296,15 @@ class BatchWorkers:
                 self._began[index] = time.monotonic()
                 self._running[index] = subprocess.Popen(self._command)
 
-    def stop(self) -> None:
+    def end(self) -> None:
         """Let each finish the part that it is at; what is left of its job goes to whoever comes next."""
-        running = [process for process in self._running if process is not None]
-        for process in running:
+        for process in filter(None, self._running):
             process.terminate()
-        for process in running:
+
+    def wait(self, deadline: float) -> None:
+        for process in filter(None, self._running):
             try:
-                process.wait(GRACE_SECONDS)
+                process.wait(max(0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -346,7 +418,7 @@ def work(application: str, asked: serving.Serving, unsaid: Any, serves: Event) -
     """What each process does. unsaid: a lock that is taken by the one process that says where to look."""
     if CAN_MASK:
         # A terminal tells everyone; the first process decides what it means. Until it serves, SIGTERM ends it at once:
-        # it has accepted nothing.
+        # it has read nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -457,11 +529,12 @@ def main(application: str = "server.asgi") -> None:
             told = workers.renew(signals) if told else signals.wait(workers.sentinels(), 1)
     finally:
         workers.end()
+        batch_workers.end()
         deadline = time.monotonic() + GRACE_SECONDS + 1  # they know how long they may take
         while not told & at_once and (sentinels := workers.sentinels()) and time.monotonic() < deadline:
             told = signals.wait(sentinels, 1)
         workers.kill()
-        batch_workers.stop()
+        batch_workers.wait(deadline)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from django.conf import settings
+from django.core.exceptions import SuspiciousOperation
 from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
 from django.http import HttpResponse
 
@@ -25,11 +26,14 @@ WAS_TRIED = "retention.was_tried"
 
 class Request(WSGIRequest):
     def _set_content_type_params(self, environ: Environ) -> None:
-        """Django raises where no error handler is near; a header that cannot be read is taken for none."""
+        """Django raises where no error handler is near; a header that cannot be read is taken for none.
+
+        Once it knows a charset it reads the query by it, too, which may be more than it reads.
+        """
         try:
             super()._set_content_type_params(environ)
-        except ValueError:
-            environ["CONTENT_TYPE"] = ""
+        except (ValueError, LookupError, SuspiciousOperation):
+            environ["CONTENT_TYPE"], self._encoding = "", None
             super()._set_content_type_params(environ)
 
 

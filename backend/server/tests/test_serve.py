@@ -534,6 +534,81 @@ def test_requests_that_come_before_the_answer_to_the_first_are_answered_in_their
     assert ids == sorted(set(ids)) and len(ids) == 20
 
 
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize("pause", [0, 0.3])
+def test_an_offer_to_speak_another_protocol_is_passed_over(server, pause):
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode() + H2C
+    last = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close, Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
+        for piece in (head + b"Content-Length: %d\r\n\r\n" % len(BODY), BODY, head, b"Content-Length: 0\r\n\r\n", last):
+            client.sendall(piece)
+            time.sleep(pause)
+        text = client.makefile("rb").read()
+
+    assert re.findall(rb"HTTP/1.1 (\d+)", text) == [b"200", b"400", b"200"]
+    assert text.count(b'"request_id":') == 1 and b'"status": "alive"' in text
+
+
+@pytest.mark.parametrize("pause", [0, 0.3])
+def test_a_body_is_no_request_whatever_its_head_offers(server, pause):
+    body = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /api/v1/endpoints HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
+        client.sendall(b"POST /api/v1/nowhere HTTP/1.1\r\nHost: localhost\r\n" + H2C)
+        client.sendall(b"Content-Length: %d\r\n\r\n" % len(body))
+        time.sleep(pause)
+        client.sendall(body + last)
+        text = client.makefile("rb").read()
+
+    assert re.findall(rb"HTTP/1.1 (\d+)", text) == [b"404", b"200"]
+
+
+def test_a_client_that_asks_faster_than_it_is_answered_is_read_no_faster(started):
+    def memory() -> int:
+        """Of the processes, in KiB."""
+        return sum(
+            int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) for pid in started.workers()
+        )
+
+    before, until = memory(), time.monotonic() + 4
+    with socket.create_connection(("127.0.0.1", port_of(started)), timeout=0.1) as client:
+        reading = threading.Thread(target=lambda: [None for _ in iter(lambda: _received(client), b"")], daemon=True)
+        reading.start()
+        while time.monotonic() < until:
+            with suppress(TimeoutError):
+                client.sendall(b"GET /livez HTTP/1.1\r\n\r\n" * 5_000)
+        growth = memory() - before
+        others = time.monotonic()
+        assert started.get("/livez").status_code == 200
+        assert time.monotonic() - others < 0.2
+    assert growth < 100_000
+
+
+def _received(client: socket.socket) -> bytes:
+    """Some bytes, or nothing at the end."""
+    while True:
+        try:
+            return client.recv(2**20)
+        except TimeoutError:
+            continue
+        except OSError:
+            return b""
+
+
+def test_a_head_without_end_is_refused_also_while_an_answer_is_made(server):
+    many = json.dumps([json.loads(BODY)] * 20_000).encode()
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
+        client.sendall(f"{head}Content-Length: {len(many)}\r\n\r\n".encode() + many)
+        with suppress(ConnectionError):
+            client.sendall(b"GET /livez HTTP/1.1\r\nX: ")
+            for _ in range(20):
+                client.sendall(b"x" * 20_000)
+            assert client.recv(4096) == b""
+
+
 def test_a_model_that_takes_long_is_answered_in_a_thread_and_recorded_once(env, tmp_path, trained):
     artifacts = shutil.copytree(trained, tmp_path / "artifacts") / "1.0.0"
     columns = joblib.load(artifacts / "decision_tree.joblib").n_features_in_
@@ -573,6 +648,22 @@ def test_who_does_not_ask_to_the_end_is_given_up(server, first, drop):
                 except TimeoutError:
                     client.sendall(drop)
 
+    assert 60 < time.monotonic() - began < 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_known", [True, False])
+def test_who_announces_a_body_and_does_not_send_it_is_given_up(server, is_known):
+    headers = token_of(server) if is_known else {"Authorization": "Token wrong"}
+    server.post(PREDICT, data=BODY, headers=headers | {"Content-Type": "application/json"})
+    headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=100) as client:
+        began = time.monotonic()
+        client.sendall(f"{head}Content-Length: 12\r\n\r\n".encode() + BODY[:1] * is_known)
+        text = client.makefile("rb").read()
+
+    assert text.startswith(b"HTTP/1.1 400" if is_known else b"HTTP/1.1 401")
     assert 60 < time.monotonic() - began < 90
 
 

@@ -246,6 +246,14 @@ class TestContentTypes:
 
         assert (status, body["status"]) == (415, "Error")
 
+    @pytest.mark.parametrize("charset", ["hex", "idna", "rot13", "utf-8"])
+    @pytest.mark.parametrize("query", ["customer_key=%ff", "&".join(f"p{number}=1" for number in range(1_001))])
+    def test_a_charset_that_cannot_read_the_query_breaks_nothing(self, wsgi, algorithms, charset, query):
+        how = {"REQUEST_METHOD": "GET", "PATH_INFO": "/api/v1/mlrequests", "QUERY_STRING": query}
+        status, body = wsgi(b"", **how, CONTENT_TYPE=f"text/plain; charset={charset}")
+
+        assert (status, "results" in body) == ((200, True) if query.startswith("customer") else (400, False))
+
 
 class TestBodies:
     @pytest.mark.parametrize(("method", "address"), WRITES)
