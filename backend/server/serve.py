@@ -154,6 +154,11 @@ class Protocol(HttpToolsProtocol):
     def _wait_for_body(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(IDLE_SECONDS, self._give_up_body)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_in_body and not self.cycle.response_complete:  # of the next one, which waited for its turn
+            self._wait_for_body()
+
     def _give_up_body(self) -> None:
         """Unless it is our own doing that nothing comes."""
         if self.flow.read_paused or self.cycle.waiting_for_100_continue:
