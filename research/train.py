@@ -17,6 +17,7 @@ import io
 import json
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -463,7 +464,9 @@ def _manage() -> str:
     if python.is_relative_to(here):
         python = python.relative_to(here)
     manage = BACKEND / "manage.py"
-    return f"{python} {manage.relative_to(here) if manage.is_relative_to(here) else manage}"
+    if manage.is_relative_to(here):
+        manage = manage.relative_to(here)
+    return shlex.join([str(python), str(manage)])
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

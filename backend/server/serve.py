@@ -48,6 +48,8 @@ BACKLOG = 1024
 # Counts for connections on which nothing is asked, or not to its end: longer than nginx keeps idle ones (60 s), so that
 # it never writes into one that closes.
 IDLE_SECONDS = 75
+# During that time for a body.
+LOOKS = 5
 # Of an address, and of all headers of a request.
 MOST_BYTES = 65_536
 MOST_HEADERS = 100
@@ -125,10 +127,7 @@ class Protocol(HttpToolsProtocol):
             self._head_bytes += len(data) if is_all else 1
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if self._head_bytes > MOST_BYTES:
-            if is_answering:  # into which nothing else may be written
-                self.transport.close()
-            else:
-                self._refuse("431 Request Header Fields Too Large" if self.headers else "414 URI Too Long")
+            self._refuse("431 Request Header Fields Too Large" if self.headers else "414 URI Too Long")
         elif not is_answering:
             self._end_at(end)  # which uvicorn has put off
         elif self._is_in_body:
@@ -151,18 +150,20 @@ class Protocol(HttpToolsProtocol):
                 lines.append(b"%b: %b" % (name, value))
         return b"\r\n".join([*lines, b"", b""])
 
-    def _wait_for_body(self) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(IDLE_SECONDS, self._give_up_body)
+    def _wait_for_body(self, looks: int = LOOKS) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(IDLE_SECONDS / LOOKS, self._look_for_body, looks - 1)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._is_in_body and not self.cycle.response_complete:  # of the next one, which waited for its turn
             self._wait_for_body()
 
-    def _give_up_body(self) -> None:
-        """Unless it is our own doing that nothing comes."""
+    def _look_for_body(self, looks: int) -> None:
+        """Give it up after so many more; what it is our own doing that nothing comes does not count."""
         if self.flow.read_paused or self.cycle.waiting_for_100_continue:
             self._wait_for_body()
+        elif looks:
+            self._wait_for_body(looks)
         elif self.cycle.more_body:
             self._break_off()
 
@@ -232,6 +233,12 @@ class Protocol(HttpToolsProtocol):
         self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # which is owed, and comes first
+            self.flow.pause_reading()
+            if self.cycle.more_body:
+                self._break_off()
+            self.cycle.keep_alive = False
+            return
         self.transport.write(f"HTTP/1.1 {self._refusal}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
         self.transport.close()
 

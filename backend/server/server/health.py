@@ -11,6 +11,7 @@ from django.views.decorators.http import require_safe
 
 from apps.endpoints import prediction
 from apps.endpoints.models import MLAlgorithm
+from apps.endpoints.sql import leave
 from apps.ml.artifacts import HOW_TO_TRAIN
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ def readyz(request: HttpRequest) -> JsonResponse:
     """200 when a production algorithm can answer, 503 when none can; `degraded` lists what is amiss besides."""
     try:
         if _is_read_only():
+            leave()
             return _not_ready("The database takes no writes, and so no answer can be recorded.")
         executor = MigrationExecutor(connection)
         pending = executor.migration_plan(executor.loader.graph.leaf_nodes())

@@ -597,7 +597,7 @@ def _received(client: socket.socket) -> bytes:
             return b""
 
 
-def test_a_head_without_end_is_refused_also_while_an_answer_is_made(server):
+def test_a_head_without_end_is_given_up_also_while_an_answer_is_made_which_comes_first(server):
     many = json.dumps([json.loads(BODY)] * 20_000).encode()
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
@@ -606,7 +606,18 @@ def test_a_head_without_end_is_refused_also_while_an_answer_is_made(server):
             client.sendall(b"GET /livez HTTP/1.1\r\nX: ")
             for _ in range(20):
                 client.sendall(b"x" * 20_000)
-            assert client.recv(4096) == b""
+        text = client.makefile("rb").read()
+
+    assert re.findall(rb"HTTP/1.1 (\d+)", text) == [b"200"]
+
+
+def test_a_byte_too_many_costs_nobody_an_answer(server):
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=30) as client:
+        client.sendall(f"{head}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY + b"}")
+        text = client.makefile("rb").read()
+
+    assert re.findall(rb"HTTP/1.1 (\d+)", text) == [b"200"]
 
 
 def test_a_model_that_takes_long_is_answered_in_a_thread_and_recorded_once(env, tmp_path, trained):

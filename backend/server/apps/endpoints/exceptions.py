@@ -26,7 +26,7 @@ from apps.endpoints.feedback import UnknownOutcome
 from apps.endpoints.lifecycle import LifecycleError, NoWayBack, TestRunning
 from apps.endpoints.planning import PlanError
 from apps.endpoints.replay import ReplayError
-from apps.endpoints.sql import TROUBLE, leave_if_read_only
+from apps.endpoints.sql import is_trouble, leave, takes_no_writes
 from apps.ml.schema import InputError
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,11 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     for kind, code in HTTP_STATUS:
         if isinstance(error, kind):
             return _answer(code, str(error))
-    if isinstance(error, TROUBLE):
-        leave_if_read_only(error)
+    if takes_no_writes(error):
+        leave()
+        logger.error("The database takes no writes: %s", str(error).strip())
+        return _answer(status.HTTP_503_SERVICE_UNAVAILABLE, "The database takes no writes now; try again.")
+    if is_trouble(error):
         logger.error("The database does not answer: %s", str(error).strip())
         return _answer(status.HTTP_503_SERVICE_UNAVAILABLE, "The database does not answer; try again.")
     if isinstance(error, UnreadablePostError):
@@ -90,14 +93,14 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     if isinstance(error, exceptions.ValidationError):
         response.data = _body(*_summary(_flatten(error.detail)))
     else:
-        response.data = _body(f"{response.data['detail']}{_remedy(error, context['view'])}")
+        response.data = _body(f"{response.data['detail']}{_instead(error, context['view'])}")
     return response
 
 
-def _remedy(error: Exception, view: APIView) -> str:
+def _instead(error: Exception, view: APIView) -> str:
     """For what DRF refuses without saying what it would take; our own messages do."""
     if isinstance(error, exceptions.MethodNotAllowed):
-        return f" Use {' or '.join(method for method in view.allowed_methods if method != 'OPTIONS')}."
+        return f" Use {' or '.join(method for method in view.allowed_methods if method not in ('HEAD', 'OPTIONS'))}."
     if isinstance(error, exceptions.UnsupportedMediaType) and str(error.detail).startswith("Unsupported"):
         return f" Send {' or '.join(parser.media_type for parser in view.parser_classes)}."
     return ""

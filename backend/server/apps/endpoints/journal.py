@@ -20,7 +20,7 @@ from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connec
 from apps.endpoints.json_text import dumps
 from apps.endpoints.models import MLRequest
 from apps.endpoints.premise import HOLDS, Premise
-from apps.endpoints.sql import TROUBLE, Statement, leave_if_read_only, rows_together, was_dropped
+from apps.endpoints.sql import Statement, is_trouble, leave, rows_together, takes_no_writes, was_dropped
 from apps.endpoints.turns import NotFree, in_turn
 
 if TYPE_CHECKING:
@@ -196,11 +196,14 @@ def settle(group: list[Entry], when: Callable[[Callable[[], T]], T] = in_turn) -
         ids_of_entries = when(lambda: _insert_entries(group))
     except NotFree:
         raise
-    except TROUBLE as error:  # the database's, and so everybody's
-        for entry in group:
-            entry.error = type(error)(*error.args)
-        leave_if_read_only(error)
     except Exception as error:
+        if is_trouble(error):  # and so everybody's
+            for entry in group:
+                entry.error = type(error)(*error.args)
+                entry.error.__cause__ = error.__cause__
+            if takes_no_writes(error):
+                leave()
+            return
         if len(group) == 1:
             group[0].error = error
             return

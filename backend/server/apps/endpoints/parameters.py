@@ -9,17 +9,19 @@ from collections.abc import Collection, Iterable
 _LONGEST, _MOST = 60, 20
 
 
-def unknown(told: Iterable[str], known: Collection[str]) -> dict[str, str]:
+def unknown(told: Iterable[str], known: Collection[str], offered: Collection[str] | None = None) -> dict[str, str]:
     """What is wrong with each name that is not known, as far as that is told.
 
-    A misspelt name that is passed over gets another answer than was asked for, without a word.
+    A misspelt name that is passed over gets another answer than was asked for, without a word. offered: those that say
+    anything; by default all.
     """
+    offered = known if offered is None else offered
     wrong = [name for name in told if name not in known][:_MOST]
-    return {name[:_LONGEST]: f"There is nothing of this name here; {_remedy(name, known)}" for name in wrong}
+    return {name[:_LONGEST]: f"There is nothing of this name here; {_remedy(name, offered)}" for name in wrong}
 
 
-def _remedy(name: str, known: Collection[str]) -> str:
-    nearest = difflib.get_close_matches(name[:_LONGEST].lower(), known, n=1)
+def _remedy(name: str, offered: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(name[:_LONGEST].lower(), offered, n=1)
     if nearest:
         return f"did you mean {nearest[0]}?"
-    return f"use {', '.join(known)}." if known else "leave it out."
+    return f"use {', '.join(offered)}." if offered else "leave it out."

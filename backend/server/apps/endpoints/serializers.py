@@ -57,7 +57,8 @@ class NothingElse(serializers.Serializer):
     """Refuses what it has no field for."""
 
     def to_internal_value(self, data: Any) -> Any:
-        if isinstance(data, Mapping) and (wrong := parameters.unknown(data, self.fields)):
+        writable = [name for name, field in self.fields.items() if not field.read_only]
+        if isinstance(data, Mapping) and (wrong := parameters.unknown(data, self.fields, writable)):
             raise serializers.ValidationError(wrong)
         return super().to_internal_value(data)
 
@@ -165,9 +166,12 @@ class FeedbackSerializer(serializers.Serializer):
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
         current = self.context["current"]
         changed = [
-            name for name, value in self.initial_data.items() if name not in self.fields and current.get(name) != value
+            name
+            for name, value in self.initial_data.items()
+            if name not in self.fields
+            and (name not in current if self.context["is_form"] else current.get(name) != value)
         ]
-        if changed and not self.context["is_form"]:
+        if changed:
             raise serializers.ValidationError(
                 dict.fromkeys(changed, "Only feedback and acted_on can be written; leave this field out or as it was.")
             )

@@ -12,7 +12,6 @@ from typing import Any
 from django.db import (
     DEFAULT_DB_ALIAS,
     InterfaceError,
-    InternalError,
     NotSupportedError,
     OperationalError,
     connections,
@@ -25,9 +24,6 @@ _PLACEHOLDER = "\x00the value asked for"
 
 # Whose errors Django's cursor passes on as they are.
 _DRIVERS = {"sqlite", "postgresql"}
-
-# Of the database, whatever it was asked. InternalError: it takes no writes, as after a failover to another host.
-TROUBLE = (OperationalError, InterfaceError, InternalError)
 
 # For one look at one socket: without the descriptor of its own that the default has, or on Windows the default.
 _Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
@@ -129,10 +125,20 @@ def _rows_together(
         return [cursor.fetchall() for cursor in answers]
 
 
-def leave_if_read_only(error: Exception) -> None:
-    """Close this thread's connection after such an error, so that the next one leads to where writing goes on."""
+def is_trouble(error: Exception) -> bool:
+    """Whether an error is the database's own, whatever it was asked."""
+    return isinstance(error, (OperationalError, InterfaceError)) or takes_no_writes(error)
+
+
+def takes_no_writes(error: Exception) -> bool:
+    """Whether PostgreSQL says that it can only be read, as after a failover to another host."""
+    return getattr(error.__cause__, "sqlstate", None) == "25006"
+
+
+def leave() -> None:
+    """Close this thread's connection, so that the next one leads to where writing goes on."""
     database = connections[DEFAULT_DB_ALIAS]
-    if isinstance(error, InternalError) and not database.in_atomic_block:
+    if not database.in_atomic_block:
         database.close()
 
 

@@ -149,6 +149,7 @@ class TestRemedies:
             ("post", "/api/v1/batch-predict", {"file": CSV, "on_eror": "skip"}, "on_eror", "did you mean on_error?"),
             ("post", "/api/v1/feedback?windowdays=3", [{"request_id": 1}], "windowdays", "did you mean window_days?"),
             ("post", "/api/v1/abtests", {"minimum_labeled": 500}, "minimum_labeled", "did you mean minimum_labelled?"),
+            ("post", "/api/v1/abtests", {"champoin": 1}, "champoin", "use title, created_by, "),
             ("post", "/api/v1/mlalgorithmstatuses", {"reson": "x"}, "reson", "did you mean reason?"),
             ("post", "/api/v1/abtests/replay", {"chalenger": 2}, "chalenger", "did you mean challenger?"),
             ("get", "/api/v1/abtests/plan?baselin=0.8", None, "baselin", "did you mean baseline?"),
@@ -182,7 +183,7 @@ class TestRemedies:
             ("get", "/api/v1/batch-jobs/99/errors", None, 404, "There is no batch job 99."),
             ("get", "/api/v1/abtests/9/report", None, 404, "There is no A/B test 9."),
             ("get", PREDICT, None, 405, "Use POST."),
-            ("delete", "/api/v1/mlrequests/1", None, 405, "Use GET or PUT or PATCH or HEAD."),
+            ("delete", "/api/v1/mlrequests/1", None, 405, "Use GET or PUT or PATCH."),
         ],
     )
     def test_a_refusal_says_what_would_do(self, api, algorithms, method, address, body, status, remedy):
