@@ -29,7 +29,7 @@ BREAKS_OFF = "retention.breaks_off"
 # An extension of ASGI: a message of this type is a whole answer, with 200. head: its headers as they are sent, but for
 # those that are the server's to say.
 WHOLE_ANSWER = "retention.whole_answer"
-# For a piece of a body, or of an answer, before the thread that waits for it is set free.
+# For a piece of an answer to be taken, before the thread that waits is set free. For a body the server has a bound.
 PATIENCE_SECONDS = 75
 
 
@@ -98,10 +98,6 @@ class _Exchange:
             raise ConnectionResetError
         return message.get("body", b""), message.get("more_body", False)
 
-    async def receive_soon(self) -> tuple[bytes, bool]:
-        """`receive` for who must not wait for ever. Raises TimeoutError besides."""
-        return await asyncio.wait_for(self.receive(), PATIENCE_SECONDS)
-
     def start(self, status: str, headers: Headers, exc_info: object = None) -> None:
         if "HTTP_EXPECT" in self.environ and not self._has_asked:
             # Nobody has told the client to send its body, and what it sends next need not be that.
@@ -156,7 +152,7 @@ class _Body(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while self._more and not self._piece:
-            received = asyncio.run_coroutine_threadsafe(self._exchange.receive_soon(), self._exchange.loop)
+            received = asyncio.run_coroutine_threadsafe(self._exchange.receive(), self._exchange.loop)
             piece, self._more = received.result()
             self._piece = memoryview(piece)
         count = min(len(buffer), len(self._piece))
