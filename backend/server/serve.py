@@ -48,7 +48,7 @@ BACKLOG = 1024
 # Counts for connections on which nothing is asked, or not to its end: longer than nginx keeps idle ones (60 s), so that
 # it never writes into one that closes.
 IDLE_SECONDS = 75
-# During that time for a body.
+# How often, during that time, it is looked whether a body still comes.
 LOOKS = 5
 # Of an address, and of all headers of a request.
 MOST_BYTES = 65_536
@@ -120,6 +120,7 @@ class Protocol(HttpToolsProtocol):
         while self._rest and not self.transport.is_closing():
             self._data, self._rest = self._rest, b""
             super().data_received(self._data)
+        self._data = b""  # which a connection may keep for long
         if self.transport.is_closing():
             return
         if self._is_in_head:  # of which all of the data is a part, if nothing else was in it
@@ -152,11 +153,6 @@ class Protocol(HttpToolsProtocol):
 
     def _wait_for_body(self, looks: int = LOOKS) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(IDLE_SECONDS / LOOKS, self._look_for_body, looks - 1)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._is_in_body and not self.cycle.response_complete:  # of the next one, which waited for its turn
-            self._wait_for_body()
 
     def _look_for_body(self, looks: int) -> None:
         """Give it up after so many more; what it is our own doing that nothing comes does not count."""
@@ -223,6 +219,11 @@ class Protocol(HttpToolsProtocol):
                 self.cycle.keep_alive = False
             return
         raise ValueError(self._refusal)  # the parser ends with it, and uvicorn refuses
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_in_body and not self.cycle.response_complete:  # of the next one, which waited for its turn
+            self._wait_for_body()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         cycle.__class__ = Cycle  # uvicorn has no place to say which class it is to make

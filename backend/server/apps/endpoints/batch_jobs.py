@@ -261,7 +261,8 @@ def result(job: BatchJob, form: str = "") -> tuple[int | None, Iterator[bytes]]:
     if job.state != BatchJob.State.SUCCEEDED:
         how = "was" if job.state == BatchJob.State.CANCELLED else "has"
         where = f"See /api/v1/batch-jobs/{job.pk}/errors." if job.rows_refused else ""
-        raise NotFinished(" ".join(f"Job {job.pk} has no result: it {how} {job.state}. {job.problem} {where}".split()))
+        told = [f"Job {job.pk} has no result: it {how} {job.state}.", job.problem, where]
+        raise NotFinished(" ".join(filter(None, told)))
     names = [job_files.HEADER, *job.parts.order_by("number").values_list("file", flat=True)]
     if (form or job.result_format) == BatchJob.Format.CSV:
         return _contents(job, names)

@@ -9,13 +9,7 @@ from functools import cached_property
 from operator import methodcaller
 from typing import Any
 
-from django.db import (
-    DEFAULT_DB_ALIAS,
-    InterfaceError,
-    NotSupportedError,
-    OperationalError,
-    connections,
-)
+from django.db import DEFAULT_DB_ALIAS, InterfaceError, NotSupportedError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
 

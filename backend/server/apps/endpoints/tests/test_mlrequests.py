@@ -253,6 +253,12 @@ class TestActedOn:
     def test_may_come_with_an_outcome(self, api, answered, told, known):
         assert api.patch(answered, {"feedback": "1", "acted_on": told}).json()["acted_on"] is known
 
+    def test_a_misspelt_name_in_a_form_is_refused(self, api, answered):
+        response = api.patch(answered, {"feedback": "1", "acted_om": "yes"}, format="multipart")
+
+        assert "acted_om" in refused(response)
+        assert api.get(answered).json()["feedback"] is None
+
     @pytest.mark.parametrize("nothing", [{}, {"acted_on": None}, {"acted_on": " "}])
     def test_is_left_when_nothing_is_said(self, api, answered, nothing):
         api.patch(answered, {"feedback": "1", "acted_on": "yes"})
